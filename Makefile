@@ -1,0 +1,55 @@
+# `make demo` and `make test` create .venv and install the project on first use; repeating them installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test docs bench lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version); Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/system_libs.sh | $(BIN)/python
+	@bash scripts/system_libs.sh $(BIN)/python
+	@echo "==> installing prophet-gym and its tools into $(VENV) (one to two minutes, about 2 GB; only the first time)"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	@echo "==> installing the documentation tools into $(VENV)"
+	@$(PIP) -e ".[docs]"
+	@touch $@
+
+install: $(INSTALLED)  ## create .venv and install the project with its tools
+
+demo: $(INSTALLED)  ## Prophet-Tabletop beside the simulator: metrics, an MP4 and a PNG in runs/demo
+	@echo "==> Prophet imagines, MuJoCo tells the truth: results go to runs/demo"
+	@$(BIN)/prophet demo
+
+test: $(INSTALLED)  ## the default test suite (CPU, offline, under five minutes on two cores)
+	@echo "==> running the tests"
+	@$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## rollout speed, cost against horizon, ratio to the naive pipeline
+	@$(BIN)/python benchmarks/rollout.py
+
+lint: $(INSTALLED)  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(DOCS_INSTALLED)  ## build the site into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean:  ## remove build outputs and caches (not .venv, not runs)
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache
+	find prophet_gym prophrl_agents tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,203 @@
+"""The ``prophet`` command: each subcommand is a thin wrapper around one function of the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
+
+from .data.folder import EpisodeFolder
+from .demo import DemoConfig, run_demo
+from .judges.calibration import evaluate_judge, format_calibration
+from .judges.classifier import ClassifierJudge
+from .judges.rollouts import labelled_rollouts
+from .metrics.evaluate import evaluate_world_model
+from .metrics.report import markdown
+from .registration import WORLDS, resolve_checkpoint
+from .training.imagine import imagine
+from .training.judge import JudgeTrainingConfig, train_judge
+from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
+from .training.vae import VAEConfig, train_vae
+from .training.world_model import WorldModelConfig, train_world_model
+from .world_model.prophet import ProphetWorldModel
+
+TrainingRun = (
+    Annotated[VAEConfig, subcommand("vae", default=VAE_TINY)]
+    | Annotated[VAEConfig, subcommand("vae-smoke", default=VAE_SMOKE)]
+    | Annotated[WorldModelConfig, subcommand("world-model", default=WORLD_MODEL_TINY)]
+    | Annotated[WorldModelConfig, subcommand("world-model-smoke", default=WORLD_MODEL_SMOKE)]
+)
+
+
+def _load(checkpoint: str, dtype: str = "float32") -> ProphetWorldModel:
+    folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint)
+    return ProphetWorldModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def info(checkpoint: Positional[str] = "tabletop") -> None:
+    """Show a checkpoint: networks, conventions, training data and measured figures.
+
+    Args:
+        checkpoint: a folder, or the name of packaged weights.
+    """
+    world = _load(checkpoint)
+    sizes = {"denoiser": world.transformer, "codec": world.codec.vae}
+    rows: dict[str, Any] = {
+        **{f"{name} parameters": f"{sum(p.numel() for p in net.parameters()):,}" for name, net in sizes.items()},
+        **world.config.to_dict(),
+    }
+    print(json.dumps(rows, indent=1))
+
+
+def record(
+    out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: int = 40, workers: int = 2
+) -> None:
+    """Record Tabletop episodes: scripted successes and failures, in the folder layout of the project.
+
+    Args:
+        out: folder of the data set; episodes already there are kept and skipped.
+        episodes: size of the complete set.
+        seed: seed of the first episode.
+        steps: commands of an episode.
+        workers: processes.
+    """
+    from .data.record import record as record_episodes  # needs MuJoCo
+
+    made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers)
+    print(f"{made} episodes recorded, {episodes} in {out}")
+
+
+def train(what: TrainingRun) -> None:
+    """Train the codec, or the denoiser on its latents; ``-smoke`` is a minute's run to try the pipeline.
+
+    Args:
+        what: what to train, and how.
+    """
+    if isinstance(what, VAEConfig):
+        print(json.dumps(train_vae(what), indent=1))
+        print(f"codec: {what.run / 'vae'}")
+    else:
+        train_world_model(what)
+        print(f"checkpoint: {what.run / 'prophet'}")
+
+
+def evaluate(
+    data: Positional[Path],
+    checkpoint: str = "tabletop",
+    out: Path = Path("runs/eval"),
+    episodes: int = 100,
+    steps: int = 40,
+    num_inference_steps: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> None:
+    """Score open-loop rollouts on held-out episodes, beside the last-frame and shuffled-action baselines.
+
+    Args:
+        data: folder of held-out episodes.
+        checkpoint: a folder, or the name of packaged weights.
+        out: where metrics.json, report.md, strips.png and rollouts.mp4 go.
+        episodes: how many, from the first.
+        steps: imagined frames of each.
+        num_inference_steps: denoising steps; the checkpoint's by default.
+        batch_size: episodes imagined at once.
+        seed: of the sampling noise and the bootstrap.
+        dtype: of the networks.
+    """
+    result = evaluate_world_model(
+        _load(checkpoint, dtype), EpisodeFolder(data)[:episodes], steps, num_inference_steps, batch_size, seed, out, True
+    )
+    print(markdown(result))
+    print(f"written to {out}")
+
+
+def judge_train(config: JudgeTrainingConfig, checkpoint: str = "tabletop") -> None:
+    """Train the success classifier on real frames and on a world model's frames of the same actions.
+
+    Args:
+        config: data, output and hyper-parameters.
+        checkpoint: the world model; "none" trains on real frames alone.
+    """
+    _, metrics = train_judge(config, None if checkpoint == "none" else _load(checkpoint))
+    print(json.dumps(metrics, indent=1))
+
+
+def judge_eval(
+    data: Positional[Path],
+    judge: Path | None = None,
+    checkpoint: str = "tabletop",
+    episodes: int = 400,
+    chunk_length: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Precision, recall, FPR and AUC of a judge on real frames and on imagined frames of the same actions.
+
+    Args:
+        data: folder of held-out episodes with simulator labels.
+        judge: folder of the judge; the checkpoint's by default.
+        checkpoint: the world model that imagines.
+        episodes: how many, from the first.
+        chunk_length: commands of a prediction; the model's maximum by default.
+        seed: of the imagination.
+        out: JSON file for the figures.
+    """
+    held_out = EpisodeFolder(data)[:episodes]
+    folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint)
+    classifier = ClassifierJudge.from_pretrained(judge or folder / "judge")
+    frames = imagine(_load(checkpoint), held_out, chunk_length=chunk_length, seed=seed, progress=True)
+    reports = {
+        "real": evaluate_judge(classifier, labelled_rollouts(held_out)),
+        "imagined": evaluate_judge(classifier, labelled_rollouts(held_out, frames)),
+    }
+    for source, report in reports.items():
+        print(f"\n{source} frames\n{format_calibration(report)}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(reports, indent=1) + "\n")
+
+
+def demo(config: DemoConfig) -> None:
+    """Prophet-Tabletop beside Tabletop-v0 on the same commands: metrics, verdicts, an MP4 and a PNG.
+
+    Args:
+        config: size and place of the demonstration.
+    """
+    print(run_demo(config))
+
+
+COMMANDS = {
+    "demo": demo,
+    "info": info,
+    "record": record,
+    "train": train,
+    "eval": evaluate,
+    "judge-train": judge_train,
+    "judge-eval": judge_eval,
+}
+
+
+def main() -> None:
+    """Run the command line; a ValueError is printed without a traceback, exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="prophet",
+            description="Learned world models as environments for robot policies.",
+            config=(OmitSubcommandPrefixes, OmitArgPrefixes),
+        )
+    except (ValueError, FloatingPointError) as error:
+        print(f"prophet: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

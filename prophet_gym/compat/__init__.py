@@ -1,0 +1,1 @@
+"""Prophet behind other projects' interfaces."""

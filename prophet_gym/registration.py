@@ -1,0 +1,312 @@
+"""The worlds by id: one table, and the two functions behind ``gym.make`` and ``gym.make_vec``.
+
+Importing :mod:`prophet_gym` registers every row. To add a world, add a row; to use other weights, give ``checkpoint=``.
+This module stays light: networks and simulators are imported when an environment is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+from .errors import MissingCheckpointError, nearest
+
+if TYPE_CHECKING:
+    from gymnasium.vector import AutoresetMode, VectorEnv
+
+    from .snapshot import Snapshot
+    from .world_model.state import WorldModel
+
+__all__ = ["INTERFACES", "SIMULATOR_ID", "WORLDS", "World", "find_world", "register_worlds", "resolve_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+SIMULATOR_ID = "Tabletop-v0"
+INTERFACES = ("chunk", "flat")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class World:
+    """One registered world.
+
+    Attributes:
+        id: the Gymnasium id.
+        action_spec: name of its row in ``prophet_gym.actions.ACTION_SPECS``; a checkpoint must follow its conventions.
+        horizon: commands after which a rollout is truncated, by default.
+        chunk_length: commands of one action chunk by default; None is the model's maximum.
+        packaged: folder in ``assets/`` with the weights that come with the package; None if there are none.
+    """
+
+    id: str
+    action_spec: str
+    horizon: int
+    chunk_length: int | None = None
+    packaged: str | None = None
+
+
+WORLDS: dict[str, World] = {
+    world.id: world
+    for world in (
+        World("Prophet-Tabletop-v0", "tabletop", horizon=40, chunk_length=8, packaged="tabletop"),
+        World("Prophet-Bridge-v0", "bridge", horizon=60),
+        World("Prophet-LiberoSpatial-v0", "libero", horizon=280),
+        World("Prophet-LiberoObject-v0", "libero", horizon=280),
+        World("Prophet-LiberoGoal-v0", "libero", horizon=300),
+        World("Prophet-Libero10-v0", "libero", horizon=520),
+        World("Prophet-Droid-v0", "droid", horizon=300),
+        World("Prophet-AgiBot-v0", "agibot", horizon=600),
+    )
+}
+"""Every world by id."""
+
+
+def register_worlds() -> None:
+    """Registers the worlds and the simulator with Gymnasium; called when :mod:`prophet_gym` is imported."""
+    for env_id in WORLDS:
+        gym.register(
+            env_id,
+            entry_point="prophet_gym.registration:make_world",
+            vector_entry_point="prophet_gym.registration:make_vector_world",
+            kwargs={"env_id": env_id},
+        )
+    gym.register(
+        SIMULATOR_ID,
+        entry_point="prophet_gym.registration:make_simulator",
+        vector_entry_point="prophet_gym.registration:make_vector_simulator",
+    )
+
+
+def find_world(env_id: str) -> World:
+    """Returns the row of ``env_id``.
+
+    Raises:
+        ValueError: no such world; the nearest id is suggested.
+    """
+    if env_id not in WORLDS:
+        raise ValueError(f"Unknown world {env_id!r}; known are {sorted(WORLDS)}.{nearest(env_id, WORLDS)}")
+    return WORLDS[env_id]
+
+
+def make_world(
+    env_id: str,
+    *,
+    checkpoint: str | Path | None = None,
+    snapshots: str | Path | Sequence[Snapshot] | None = None,
+    judge: Any = None,
+    judge_every_chunk: bool = False,
+    chunk_length: int | None = None,
+    horizon: int | None = None,
+    num_inference_steps: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    interface: str = "chunk",
+    render_mode: str | None = None,
+) -> gym.Env:
+    """Makes one imagined world; ``gym.make(env_id, ...)`` ends here.
+
+    Args:
+        env_id: a key of :data:`WORLDS`.
+        checkpoint: a folder, a packaged name or a hub id ``owner/name``; default the packaged weights of the id.
+        snapshots: where rollouts start, a :class:`prophet_gym.SnapshotSet`, a list or a folder of one; default
+            ``snapshots/`` of the checkpoint, if it has some.
+        judge: a judge, any callable ``(frames, instruction) -> Verdict | bool | float``, or the folder of a
+            ``ClassifierJudge``; default ``judge/`` of the checkpoint, if it has one.
+        judge_every_chunk: judge after every chunk instead of once at the horizon.
+        chunk_length: commands of one action chunk; default that of the world.
+        horizon: commands after which a rollout is truncated; default that of the world.
+        num_inference_steps: denoising steps; default the checkpoint's.
+        device: of the networks, as in torch.
+        dtype: "float32", "bfloat16" or "float16".
+        interface: "chunk" (:class:`prophet_gym.ProphetEnv`) or "flat" (:mod:`prophet_gym.compat.flat`).
+        render_mode: None or "rgb_array".
+
+    Raises:
+        MissingCheckpointError: no weights; the message holds the command that trains some.
+        ValueError: unknown id, interface or dtype, a foreign checkpoint, or one with other action conventions.
+    """
+    from .compat.flat import FlatEnv
+    from .env import ProphetEnv
+
+    _require_interface(interface)
+    world = find_world(env_id)
+    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
+    env = ProphetEnv(
+        world_model,
+        horizon=world.horizon if horizon is None else horizon,
+        judge_every_chunk=judge_every_chunk,
+        chunk_length=world.chunk_length if chunk_length is None else chunk_length,
+        num_inference_steps=num_inference_steps,
+        render_mode=render_mode,
+        **parts,
+    )
+    return FlatEnv(env) if interface == "flat" else env
+
+
+def make_vector_world(
+    env_id: str,
+    num_envs: int = 1,
+    *,
+    checkpoint: str | Path | None = None,
+    snapshots: str | Path | Sequence[Snapshot] | None = None,
+    judge: Any = None,
+    judge_every_chunk: bool = False,
+    chunk_length: int | None = None,
+    horizon: int | None = None,
+    num_inference_steps: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    interface: str = "chunk",
+    render_mode: str | None = None,
+    autoreset_mode: AutoresetMode | str = "NextStep",
+) -> VectorEnv:
+    """Makes a batch of imagined worlds with one model; ``gym.make_vec(env_id, num_envs, ...)`` ends here.
+
+    Arguments and errors as :func:`make_world`; ``autoreset_mode`` as in :class:`prophet_gym.ProphetVectorEnv`.
+    """
+    from .compat.flat import FlatVectorEnv
+    from .vector_env import ProphetVectorEnv
+
+    _require_interface(interface)
+    world = find_world(env_id)
+    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
+    env = ProphetVectorEnv(
+        world_model,
+        num_envs,
+        horizon=world.horizon if horizon is None else horizon,
+        judge_every_chunk=judge_every_chunk,
+        chunk_length=world.chunk_length if chunk_length is None else chunk_length,
+        num_inference_steps=num_inference_steps,
+        render_mode=render_mode,
+        autoreset_mode=autoreset_mode,
+        **parts,
+    )
+    return FlatVectorEnv(env) if interface == "flat" else env
+
+
+def resolve_checkpoint(world: World, checkpoint: str | Path | None) -> Path:
+    """Returns the folder with the weights: ``checkpoint`` if given, else those packaged for the id.
+
+    A name that is no folder and no packaged name, but looks like ``owner/name``, is fetched from the hub.
+
+    Raises:
+        MissingCheckpointError: nothing there; the message holds the command that trains some.
+    """
+    if checkpoint is None:
+        packaged = ASSETS / world.packaged if world.packaged else None
+        if packaged is not None and (packaged / "prophet.json").is_file():
+            return packaged
+        raise MissingCheckpointError(f"No weights come with {world.id}. {_remedy(world)}")
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    packaged_names = sorted(path.parent.name for path in ASSETS.glob("*/prophet.json"))
+    if str(checkpoint) in packaged_names:
+        return ASSETS / str(checkpoint)
+    siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    reason = "it is neither a folder nor a packaged name"
+    if _HUB_ID.fullmatch(str(checkpoint)) and not siblings:
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(checkpoint)))
+        except Exception as error:  # no network, no such repository, no access: the hub raises many kinds
+            reason += f", and the hub does not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+    hint = nearest(checkpoint, [*packaged_names, *siblings])
+    raise MissingCheckpointError(f"No checkpoint {str(checkpoint)!r}: {reason}.{hint} {_remedy(world)}")
+
+
+def make_simulator(interface: str = "chunk", **options: Any) -> gym.Env:
+    """Makes the ground truth of Prophet-Tabletop; ``gym.make("Tabletop-v0", ...)`` ends here.
+
+    Args:
+        interface: "chunk" or "flat", as in :func:`make_world`.
+        options: of :class:`prophet_gym.sims.tabletop_env.TabletopEnv`.
+    """
+    from .compat.flat import FlatEnv
+    from .sims.tabletop_env import TabletopEnv
+
+    _require_interface(interface)
+    twin = WORLDS["Prophet-Tabletop-v0"]
+    env = TabletopEnv(**{"chunk_length": twin.chunk_length, "horizon": twin.horizon, **options})
+    return FlatEnv(env) if interface == "flat" else env
+
+
+def make_vector_simulator(
+    num_envs: int = 1,
+    *,
+    interface: str = "chunk",
+    autoreset_mode: AutoresetMode | str = "NextStep",
+    **options: Any,
+) -> VectorEnv:
+    """Makes a batch of simulators; ``gym.make_vec("Tabletop-v0", num_envs, ...)`` ends here."""
+    from .arguments import parse_autoreset_mode
+    from .compat.flat import FlatVectorEnv
+    from .sims.vector import make_sync_vector_env
+
+    _require_interface(interface)
+    env = make_sync_vector_env(lambda: make_simulator(**options), num_envs, parse_autoreset_mode(autoreset_mode))
+    return FlatVectorEnv(env) if interface == "flat" else env
+
+
+def _load(
+    world: World, checkpoint: str | Path | None, snapshots: Any, judge: Any, device: str, dtype: str
+) -> tuple[WorldModel, dict[str, Any]]:
+    """Returns the world model, and its snapshots and judge as keyword arguments."""
+    import torch
+
+    from .judges.classifier import ClassifierJudge
+    from .snapshot import SnapshotSet
+    from .world_model.prophet import ProphetWorldModel
+
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise ValueError(f"dtype={dtype!r}: expected one of {list(dtypes)}.{nearest(dtype, dtypes)}")
+    folder = resolve_checkpoint(world, checkpoint)
+    if snapshots is None and (folder / "snapshots").is_dir():
+        snapshots = folder / "snapshots"
+    if judge is None and (folder / "judge").is_dir():
+        judge = folder / "judge"
+    world_model = ProphetWorldModel.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
+    _require_conventions(world, world_model)
+    logger.info("%s runs %s", world.id, world_model.checkpoint_info)
+    return world_model, {
+        "snapshots": SnapshotSet.load(snapshots) if isinstance(snapshots, str | Path) else snapshots,
+        "judge": ClassifierJudge.from_pretrained(judge) if isinstance(judge, str | Path) else judge,
+    }
+
+
+def _require_conventions(world: World, world_model: WorldModel) -> None:
+    """Bounds and rates may differ between checkpoints of a world; what a number means may not."""
+    from .actions import ACTION_SPECS
+
+    expected, found = ACTION_SPECS[world.action_spec], world_model.action_spec
+    names = ("num_effectors", "delta", "rotation", "gripper", "position_scale", "rotation_scale")
+    differing = [f"{n}={getattr(found, n)!r} (expected {getattr(expected, n)!r})" for n in names
+                 if getattr(found, n) != getattr(expected, n)]  # fmt: skip
+    if differing:
+        raise ValueError(
+            f"{world.id} speaks {world.action_spec!r} actions, but this checkpoint was trained with "
+            f"{', '.join(differing)}. Use the id of the checkpoint's own robot, or ProphetEnv(world_model, ...)."
+        )
+
+
+def _require_interface(interface: str) -> None:
+    if interface not in INTERFACES:
+        raise ValueError(f"interface={interface!r}: expected one of {INTERFACES}.{nearest(interface, INTERFACES)}")
+
+
+def _remedy(world: World) -> str:
+    return (
+        "Train some on a folder of episodes of that robot:\n"
+        "  prophet train vae --data EPISODES\n"
+        "  prophet train world-model --data EPISODES --vae runs/vae/vae\n"
+        f'then gym.make("{world.id}", checkpoint="runs/world-model/prophet").'
+    )

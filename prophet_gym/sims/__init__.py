@@ -1,0 +1,1 @@
+"""Ground-truth simulators behind the same chunk interface as the world models."""

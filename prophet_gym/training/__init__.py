@@ -1,0 +1,1 @@
+"""Training of codec, world model and judge on recorded episodes."""

@@ -1,0 +1,157 @@
+"""Recorded episodes as arrays that training can index: frames, commands, poses, drawn actions, latents.
+
+Episodes are decoded once into a cache folder of ``.npy`` files and memory-mapped from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..action_frames import render_action_frames
+from ..actions import ActionSpec, integrate_poses, pad_effectors
+from ..data.folder import EpisodeFolder
+from ..world_model.video_vae import FoldedVideoVAE
+
+
+@dataclass(frozen=True, eq=False)
+class ClipArrays:
+    """E episodes of T commands each, as memory-mapped arrays.
+
+    Attributes:
+        frames: (E, T + 1, H, W, 3) uint8.
+        actions: canonical commands (E, T, N, 7) float32.
+        drawn: action frames at a reduced size, (E, T + 1, h, w, 3) uint8; None where cameras are missing.
+        eventful: (E, T) bool, where a labelled object moved with command t.
+        action_spec: conventions the commands came in.
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+    drawn: np.ndarray | None
+    eventful: np.ndarray
+    action_spec: ActionSpec
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def load_clips(root: str | Path, cache: str | Path, *, num_effectors: int = 1, drawn_size: int = 32) -> ClipArrays:
+    """Decode the episodes of ``root`` into ``cache`` (once) and open them.
+
+    Args:
+        root: folder of episodes of equal length and image size.
+        cache: folder for the arrays; reused when it was made from the same episodes.
+        num_effectors: N that commands are padded to.
+        drawn_size: side of the stored action frames in pixels, an area average of the drawn ones.
+
+    Raises:
+        ValueError: no episodes, or episodes of different lengths, sizes or conventions.
+    """
+    episodes, cache = EpisodeFolder(root), Path(cache)
+    if len(episodes) == 0:
+        raise ValueError(f"{root}: no episodes; record some with `prophet record`")
+    first = episodes[0]
+    stamp = {"root": Path(root).name, "episodes": len(episodes), "n": num_effectors, "drawn_size": drawn_size}
+    index = cache / "clips.json"
+    if not (index.is_file() and json.loads(index.read_text()) == stamp):
+        cache.mkdir(parents=True, exist_ok=True)
+        index.unlink(missing_ok=True)
+        _decode(episodes, cache, num_effectors, drawn_size)
+        temporary = index.with_suffix(".tmp")
+        temporary.write_text(json.dumps(stamp))
+        os.replace(temporary, index)
+    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("frames", "actions", "eventful")}
+    drawn = np.load(cache / "drawn.npy", mmap_mode="r") if (cache / "drawn.npy").exists() else None
+    return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec)
+
+
+def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size: int) -> None:
+    first = episodes[0]
+    count, (length, height, width, _) = len(episodes), first.frames.shape
+
+    def create(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.lib.format.open_memmap(cache / f"{name}.npy", mode="w+", dtype=dtype, shape=(count, *shape))
+
+    frames = create("frames", (length, height, width, 3), np.uint8)
+    actions = create("actions", (length - 1, num_effectors, 7), np.float32)
+    eventful = create("eventful", (length - 1,), np.bool_)
+    (cache / "drawn.npy").unlink(missing_ok=True)
+    drawn = create("drawn", (length, drawn_size, drawn_size, 3), np.uint8) if first.camera is not None else None
+
+    def one(i: int) -> None:
+        episode = episodes[i]
+        if episode.frames.shape != (length, height, width, 3) or episode.action_spec != first.action_spec:
+            raise ValueError(
+                f"episode {episode.name}: frames {episode.frames.shape}, expected {(length, height, width, 3)} and the "
+                "action conventions of the first episode; train one data set at a time"
+            )
+        frames[i] = episode.frames
+        commands = episode.action_spec.to_canonical(episode.actions)
+        actions[i] = pad_effectors(commands, num_effectors)
+        if "block_px" in episode.labels:
+            moved = np.linalg.norm(np.diff(episode.labels["block_px"], axis=0), axis=1)
+            eventful[i] = np.nan_to_num(moved) > 0.3  # pixels between two frames
+        if drawn is not None:
+            poses = integrate_poses(episode.eef_pose[0], commands, episode.action_spec)
+            path = np.concatenate([episode.eef_pose[:1], poses])
+            openness = np.concatenate([episode.gripper[:1], commands[..., 6]])
+            for t, image in enumerate(render_action_frames(path, openness, episode.camera)):
+                drawn[i, t] = cv2.resize(image, (drawn_size, drawn_size), interpolation=cv2.INTER_AREA)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(one, range(count)), total=count, desc="decoding", mininterval=5.0))
+
+
+@dataclass(frozen=True, eq=False)
+class LatentArrays:
+    """Latents of all clips on a grid of start times 0, 2, 4, ... (time has no parity, so a stride of two loses nothing).
+
+    Attributes:
+        single: latents of one frame repeated, at frame 2 i: (E, T // 2 + 1, z, h, w) float16.
+        group: latents of frames s ... s + 3 with s = 2 i - 3, frames before 0 being frame 0: (E, T // 2 + 1, z, h, w).
+    """
+
+    single: np.ndarray
+    group: np.ndarray
+
+
+@torch.no_grad()
+def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batch: int = 16) -> LatentArrays:
+    """Encode all clips into ``cache`` (resumes after an interruption) and open the result."""
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    count, length = clips.frames.shape[:2]
+    grid = list(range(0, length, 2))
+    probe = vae.encode(torch.zeros(1, 3, 1, *clips.frames.shape[2:4]))
+    shape = (count, len(grid), probe.shape[1], *probe.shape[3:])
+    done_file = cache / "latents_done.json"
+    done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
+    mode = "r+" if done else "w+"
+    arrays = {
+        name: np.lib.format.open_memmap(cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=shape)
+        for name in ("single", "group")
+    }
+    singles = np.repeat(np.asarray(grid)[:, None], 4, axis=1)
+    groups = np.maximum(np.asarray(grid)[:, None] + np.arange(-3, 1), 0)
+    for start in tqdm(range(done, count, batch), desc="encoding", mininterval=5.0):
+        block = torch.from_numpy(clips.frames[start : start + batch])
+        for name, index in (("single", singles), ("group", groups)):
+            picked = (block[:, index].flatten(0, 1).float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                mean, _ = vae.encode_groups(picked)
+            latents = vae.normalise(mean.float()).unflatten(0, (len(block), len(grid)))
+            arrays[name][start : start + batch] = latents.to(torch.float16).numpy()
+        if (start // batch) % 20 == 0 or start + batch >= count:
+            for array in arrays.values():
+                array.flush()
+            done_file.write_text(json.dumps({"done": min(start + batch, count)}))
+    return LatentArrays(**arrays)

@@ -1,0 +1,221 @@
+"""The training loop shared by codec, world model and their fine-tuning: steps, logs, checkpoints, resume.
+
+Randomness is stateless: step i draws from generators seeded with (seed, i), so that a resumed run sees the batches and
+the noise that the interrupted run would have seen and ends with the same bits on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Optimisation and bookkeeping of one run."""
+
+    steps: int = 10_000
+    """Optimiser steps in all."""
+    batch_size: int = 32
+    """Samples of a step and process."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.0
+    """Learning rate of Muon for the weight matrices of the transformer blocks; 0 trains everything with AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    warmup_steps: int = 200
+    """Linear warm-up."""
+    decay_fraction: float = 0.3
+    """Share of the run, at its end, over which the learning rate falls linearly to zero."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is what is saved."""
+    seed: int = 0
+    """Seed of initialisation, batches and noise."""
+    mixed_precision: str = "bf16"
+    """"no", "bf16" or "fp16" (accelerate)."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    eval_every: int = 2000
+    """Steps between two evaluations; 0 evaluates at the end alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not 0.0 <= self.decay_fraction <= 1.0:
+            raise ValueError(f"decay_fraction={self.decay_fraction}: expected a share from 0 to 1")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Trapezoid: linear warm-up, constant, linear decay to zero."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        decay_steps = max(1, round(self.decay_fraction * self.steps))
+        return min(warm, max(0.0, (self.steps - step) / decay_steps), 1.0)
+
+
+def atomic_save(values: dict[str, Any], path: Path) -> None:
+    """``torch.save`` through a temporary file: a killed run leaves the previous file usable."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        torch.save(values, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def prepare_run(run: Path, config: dict[str, Any], resume: bool) -> None:
+    """Create the run folder and store its configuration.
+
+    Raises:
+        ValueError: the folder holds a run and ``resume`` is off, or the stored configuration differs.
+    """
+    checkpoint, stored = run / "checkpoints" / "last.pt", run / "config.json"
+    text = json.dumps(config, indent=1, default=str) + "\n"
+    if stored.exists():
+        if checkpoint.exists() and not resume:
+            raise ValueError(f"{run}: already holds a run; give --resume to continue it, or another folder")
+        if checkpoint.exists() and json.loads(stored.read_text()) != json.loads(text):
+            raise ValueError(f"{run}: the stored config.json differs from this one; resume with the same settings")
+    elif resume:
+        raise ValueError(f"{run}: nothing to resume; leave --resume out")
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    stored.write_text(text)
+
+
+def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of ``transformer_blocks`` and AdamW for the rest."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            use_muon = config.muon_learning_rate > 0 and parameter.ndim == 2 and "transformer_blocks" in name
+            (matrices if use_muon else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.muon_learning_rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def train_loop(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, int], tuple[Tensor, dict[str, float]]],
+    config: LoopConfig,
+    run: Path,
+    *,
+    accelerator: Accelerator,
+    resume: bool = False,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Train ``model`` and return it with its averaged (EMA) weights.
+
+    Args:
+        model: the network.
+        loss_fn: maps (wrapped model, step) to the loss and numbers to log; all its randomness follows from the step.
+        config: optimisation and bookkeeping.
+        run: run folder; gets ``metrics.jsonl`` and ``checkpoints/last.pt``.
+        accelerator: devices, mixed precision, gradient scaling.
+        resume: continue from ``checkpoints/last.pt``.
+        evaluate: called with the averaged model and the step; its numbers are logged.
+        progress: show a bar with the remaining time.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the last checkpoint stays usable.
+    """
+    path = run / "checkpoints" / "last.pt"
+    optimizers = build_optimizers(model, config)
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+    start = 0
+    if resume and path.exists():
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        start = saved["step"]
+    ema.to(accelerator.device)
+    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            atomic_save({"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states}, path)
+
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress, mininterval=5.0)
+    clock, seen = time.monotonic(), start
+    for step in bar:
+        factor = config.learning_rate_factor(step)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, base_rates, strict=True):
+            group["lr"] = rate * factor
+        model.train()
+        with accelerator.autocast():
+            loss, numbers = loss_fn(wrapped, step)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss {loss.item()} at step {step}; the last checkpoint is {path}")
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.step(model.parameters())
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            now = time.monotonic()
+            line = {
+                "step": done,
+                "loss": loss.item(),
+                "grad_norm": float(norm),
+                "lr_factor": factor,
+                "samples_per_second": (done - seen) * config.batch_size / (now - clock),
+                **numbers,
+            }
+            clock, seen = now, done
+            _log(run, accelerator, line)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+        if done % config.save_every == 0 or done == config.steps:
+            save(done)
+        if evaluate is not None and config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            model.eval()
+            _log(run, accelerator, {"step": done, **evaluate(model, done)})
+            ema.restore(model.parameters())
+            clock, seen = time.monotonic(), done
+    ema.copy_to(model.parameters())
+    model.eval()
+    if evaluate is not None:
+        _log(run, accelerator, {"step": config.steps, **evaluate(model, config.steps)})
+    return model
+
+
+def _log(run: Path, accelerator: Accelerator, line: dict[str, float]) -> None:
+    if accelerator.is_main_process:
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))

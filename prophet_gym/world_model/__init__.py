@@ -1,0 +1,8 @@
+"""Prophet: the history-aware, action-conditioned video world model (paper 3.2)."""
+
+from .prophet import ProphetConfig, ProphetWorldModel
+from .state import RolloutState, WorldModel
+from .transformer import ProphetTransformer
+from .video_vae import FoldedVideoVAE
+
+__all__ = ["FoldedVideoVAE", "ProphetConfig", "ProphetTransformer", "ProphetWorldModel", "RolloutState", "WorldModel"]

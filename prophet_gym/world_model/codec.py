@@ -1,0 +1,57 @@
+"""Frames in, latents out: one interface over the small folded VAE and diffusers' Wan VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .video_vae import FoldedVideoVAE
+
+
+def to_video(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Frames (B, T, H, W, 3) uint8 to video (B, 3, T, H, W) in [-1, 1]."""
+    return (frames.to(torch.float32) / 127.5 - 1.0).to(dtype).permute(0, 4, 1, 2, 3)
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Video (B, 3, T, H, W) in [-1, 1] to frames (B, T, H, W, 3) uint8, rounded and clamped."""
+    grey = ((video.float() + 1.0) * 127.5).round().clamp(0.0, 255.0)
+    return grey.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+class VideoCodec:
+    """Encodes and decodes clips of 1 + 4n frames; latents are normalised to about zero mean and unit variance.
+
+    Args:
+        vae: a :class:`FoldedVideoVAE` or a ``diffusers.AutoencoderKLWan``.
+    """
+
+    temporal_stride = 4
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.folded = isinstance(vae, FoldedVideoVAE)
+        self.latent_channels = vae.config.latent_channels if self.folded else vae.config.z_dim
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode frames (B, 1 + 4n, H, W, 3) uint8 to latents (B, z, 1 + n, H / 8, W / 8); deterministic (the mean)."""
+        video = to_video(frames.to(self.vae.device), self.vae.dtype)
+        if self.folded:
+            return self.vae.encode(video)
+        raw = self.vae.encode(video).latent_dist.mode()
+        mean, std = self._wan_statistics(raw)
+        return (raw - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, z, 1 + n, h, w) to the 4n frames after the first, (B, 4n, H, W, 3) uint8."""
+        latents = latents.to(self.vae.dtype)
+        if self.folded:
+            return to_frames(self.vae.decode(latents))
+        mean, std = self._wan_statistics(latents)
+        return to_frames(self.vae.decode(latents * std + mean).sample[:, :, 1:])
+
+    def _wan_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        mean = latents.new_tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+        return mean, latents.new_tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)

@@ -1,0 +1,355 @@
+"""``ProphetWorldModel``: snapshot and action chunks in, imagined frames out (Algorithm 1 of the paper).
+
+Sits between the environments and the networks: integrates the commanded poses, draws the action frames, encodes the
+start frame, samples the chunk and rolls the latent history forward. It never sees a reward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from ..action_frames import Camera, render_action_frames
+from ..actions import PAD_GRIPPER, ActionSpec, integrate_poses, pad_chunk, pad_effectors
+from ..snapshot import Snapshot
+from .codec import VideoCodec, to_video
+from .sampler import flow_schedule, integrate, karras_schedule, slot_noise
+from .state import RolloutState
+from .transformer import ProphetTransformer
+from .video_vae import FoldedVideoVAE
+
+
+@dataclass(frozen=True)
+class ProphetConfig:
+    """What ``prophet.json`` holds beside the networks' own configurations.
+
+    Attributes:
+        name: of the checkpoint, for logs and ``info["checkpoint"]``.
+        trained_on: one sentence on the data.
+        image_size: (H, W) in pixels, multiples of 16.
+        history_frames: T_h, frames of the history; a multiple of 4.
+        num_inference_steps: default number of denoising steps.
+        schedule: "flow" (uniform, shifted) or "karras" (Cosmos-Predict2).
+        schedule_shift: shift of the "flow" schedule.
+        solver: "euler" or "ab2".
+        action_spec: conventions of the commands.
+        metrics: measured figures of this checkpoint, by name.
+    """
+
+    name: str = "untrained"
+    trained_on: str = "nothing"
+    image_size: tuple[int, int] = (64, 64)
+    history_frames: int = 60
+    num_inference_steps: int = 4
+    schedule: str = "flow"
+    schedule_shift: float = 1.0
+    solver: str = "euler"
+    action_spec: ActionSpec = field(default_factory=ActionSpec)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.history_frames % 4 or self.history_frames < 4:
+            raise ValueError(f"history_frames={self.history_frames}: expected a positive multiple of 4")
+        if self.schedule not in ("flow", "karras"):
+            raise ValueError(f'schedule={self.schedule!r}: expected "flow" or "karras"')
+        if any(side % 16 for side in self.image_size):
+            raise ValueError(f"image_size={self.image_size}: expected multiples of 16 pixels")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "action_spec": self.action_spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ProphetConfig:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"prophet.json: unknown keys {sorted(unknown)}; written by another version?")
+        values = dict(values)
+        if "action_spec" in values:
+            values["action_spec"] = ActionSpec.from_dict(values["action_spec"])
+        if "image_size" in values:
+            values["image_size"] = tuple(values["image_size"])
+        return cls(**values)
+
+
+class ProphetWorldModel:
+    """History-aware, action-conditioned video world model.
+
+    Args:
+        transformer: the denoiser.
+        vae: a :class:`FoldedVideoVAE` or a ``diffusers.AutoencoderKLWan``.
+        config: everything else.
+        checkpoint_info: shown as ``info["checkpoint"]``; default: name and training data of the configuration.
+    """
+
+    def __init__(
+        self, transformer: ProphetTransformer, vae: Any, config: ProphetConfig, checkpoint_info: dict | None = None
+    ) -> None:
+        self.transformer, self.codec, self.config = transformer, VideoCodec(vae), config
+        self.checkpoint_info = checkpoint_info or {"name": config.name, "trained_on": config.trained_on}
+        if self.codec.latent_channels != transformer.config.latent_channels:
+            raise ValueError(
+                f"latent channels: codec {self.codec.latent_channels}, denoiser {transformer.config.latent_channels}; "
+                "expected equal numbers: load both from one checkpoint"
+            )
+        self.chunk_length: int = transformer.config.chunk_length
+        self.num_effectors: int = transformer.config.num_effectors
+        self.requires_camera: bool = transformer.config.action_frames != "none"
+        self.num_inference_steps: int = config.num_inference_steps
+        self.image_size, self.action_spec = config.image_size, config.action_spec
+        # Commands of fewer end-effectors are padded to the model's number before their poses are integrated.
+        self._padded_spec = replace(config.action_spec, num_effectors=self.num_effectors)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser."""
+        return self.transformer.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ProphetWorldModel:
+        """Move both networks; returns self."""
+        wanted = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        self.transformer.to(**wanted)
+        self.codec.vae.to(**wanted)
+        return self
+
+    @torch.no_grad()
+    def begin(self, snapshots: Sequence[Snapshot], seeds: Sequence[int]) -> RolloutState:
+        """Start one rollout slot for each snapshot.
+
+        Args:
+            snapshots: start images (H, W, 3), poses and cameras; fewer end-effectors than the model's are padded.
+            seeds: reset seed of each slot; all randomness of a slot follows from its seed and env step.
+
+        Raises:
+            ValueError: wrong image size, more end-effectors than the model has, a camera is missing where action
+                frames are required, or a different number of seeds.
+        """
+        if len(snapshots) != len(seeds) or not snapshots:
+            raise ValueError(f"begin: {len(snapshots)} snapshots and {len(seeds)} seeds; expected as many, at least one")
+        for i, snapshot in enumerate(snapshots):
+            self._check_snapshot(i, snapshot)
+        n, batch = self.num_effectors, len(snapshots)
+        poses, gripper = np.tile(np.eye(4), (batch, n, 1, 1)), np.full((batch, n), PAD_GRIPPER)
+        intrinsics, extrinsics = np.full((batch, 3, 3), np.nan), np.full((batch, 4, 4), np.nan)
+        for i, snapshot in enumerate(snapshots):
+            own = len(snapshot.eef_pose)
+            poses[i, :own], gripper[i, :own] = snapshot.eef_pose, snapshot.gripper
+            if snapshot.camera is not None:
+                intrinsics[i], extrinsics[i] = snapshot.camera.K, snapshot.camera.E
+        frames = torch.from_numpy(np.stack([s.image for s in snapshots]))
+        latent = self.codec.encode(frames[:, None])
+        groups = self.config.history_frames // VideoCodec.temporal_stride
+        return RolloutState(
+            frames=frames,
+            history=latent.expand(-1, -1, groups, -1, -1).contiguous(),  # Alg. 1 line 1: [x_0, x_0, ..., x_0]
+            tail=frames[:, None].expand(-1, 4, -1, -1, -1).contiguous(),
+            tail_count=torch.zeros(batch, dtype=torch.int64),
+            poses=torch.from_numpy(poses),
+            gripper=torch.from_numpy(gripper),
+            intrinsics=torch.from_numpy(intrinsics),
+            extrinsics=torch.from_numpy(extrinsics),
+            seeds=torch.as_tensor([int(s) for s in seeds], dtype=torch.int64),
+            env_step=torch.zeros(batch, dtype=torch.int64),
+        )
+
+    def _check_snapshot(self, index: int, snapshot: Snapshot) -> None:
+        if snapshot.image.shape[:2] != tuple(self.image_size):
+            raise ValueError(
+                f"snapshot {index}: image of {snapshot.image.shape[0]}x{snapshot.image.shape[1]} pixels; this model "
+                f"works at {self.image_size[0]}x{self.image_size[1]}: resize the image and its camera (Camera.resized)"
+            )
+        if len(snapshot.eef_pose) > self.num_effectors:
+            raise ValueError(
+                f"snapshot {index}: {len(snapshot.eef_pose)} end-effectors; this model knows {self.num_effectors}"
+            )
+        if self.requires_camera and snapshot.camera is None:
+            raise ValueError(
+                f"snapshot {index}: no camera, but this model draws action frames: give Snapshot(camera=Camera(K, E, ...))"
+            )
+
+    @torch.no_grad()
+    def predict(
+        self, state: RolloutState, actions: np.ndarray | Tensor, num_inference_steps: int | None = None
+    ) -> tuple[np.ndarray, RolloutState]:
+        """Imagine one chunk.
+
+        Args:
+            state: B slots, not modified.
+            actions: canonical commands (B, C, N, 7): metres, Euler radians, open ratio; C from 1 to ``chunk_length``.
+            num_inference_steps: denoising steps, default from the configuration.
+
+        Returns:
+            Frames (B, C, H, W, 3) uint8, one a command, and the state after them.
+
+        Raises:
+            ValueError: wrong shape, NaN, or a chunk longer than the model's.
+        """
+        commands = self._check_actions(state, actions)
+        length = commands.shape[1]
+        poses = integrate_poses(state.poses.numpy(), commands, self._padded_spec)
+        latents = self._sample(state, commands, poses, num_inference_steps or self.num_inference_steps)
+        frames = self.codec.decode(latents)[:, :length].cpu()
+        history, tail, count = self._advance_history(state, frames, latents)
+        after = replace(
+            state,
+            frames=frames[:, -1].clone(),
+            history=history,
+            tail=tail,
+            tail_count=count,
+            poses=torch.from_numpy(poses[:, -1].copy()),
+            gripper=torch.from_numpy(commands[:, -1, :, 6].astype(np.float64)),
+            env_step=state.env_step + 1,
+        )
+        return frames.numpy(), after
+
+    def _check_actions(self, state: RolloutState, actions: np.ndarray | Tensor) -> np.ndarray:
+        commands = np.asarray(actions, dtype=np.float32)
+        if commands.ndim != 4 or commands.shape[0] != state.batch_size or commands.shape[3] != 7:
+            raise ValueError(
+                f"actions of shape {commands.shape}; expected (B={state.batch_size}, C, N={self.num_effectors}, 7)"
+            )
+        if not 1 <= commands.shape[1] <= self.chunk_length:
+            raise ValueError(
+                f"chunk of {commands.shape[1]} commands; this model takes 1 to {self.chunk_length}: split it"
+            )
+        if not np.isfinite(commands).all():
+            raise ValueError("actions contain NaN or infinity; expected finite numbers")
+        return pad_effectors(commands, self.num_effectors)
+
+    def chunk_inputs(
+        self, start: Tensor, commands: np.ndarray, poses: np.ndarray, state: RolloutState
+    ) -> tuple[Tensor, Tensor | None]:
+        """Padded commands and action-frame input of one chunk, on the device of the denoiser.
+
+        The start pose and the commanded poses are drawn: (B, 1 + 4n, H, W, 3), the last one repeated to fill a group.
+        """
+        padded = torch.from_numpy(pad_chunk(commands, self.chunk_length)).to(start)
+        if not self.requires_camera:
+            return padded, None
+        drawn = self.draw_actions(state, commands, poses)
+        if self.transformer.config.action_frames == "pooled":
+            return padded, self.codec.encode(drawn).to(start)
+        return padded, to_video(drawn.to(start.device), start.dtype)
+
+    def draw_actions(self, state: RolloutState, commands: np.ndarray, poses: np.ndarray) -> Tensor:
+        """Action frames (B, 1 + 4n, H, W, 3) uint8 of the start pose and of every command (Eqs 4 to 9)."""
+        if not state.has_camera:
+            raise ValueError("a slot has no camera, but this model draws action frames: give snapshots a Camera")
+        groups = -(-commands.shape[1] // VideoCodec.temporal_stride)
+        fill = groups * VideoCodec.temporal_stride - commands.shape[1]
+        path = np.concatenate([state.poses.numpy()[:, None], poses], axis=1)
+        openness = np.concatenate([state.gripper.numpy()[:, None], commands[..., 6]], axis=1)
+        height, width = self.image_size
+        drawn = []
+        for i in range(len(path)):
+            camera = Camera(state.intrinsics[i].numpy(), state.extrinsics[i].numpy(), width, height)
+            frames = render_action_frames(path[i], openness[i], camera)
+            drawn.append(np.concatenate([frames, np.repeat(frames[-1:], fill, axis=0)]))
+        return torch.from_numpy(np.stack(drawn))
+
+    def _sample(self, state: RolloutState, commands: np.ndarray, poses: np.ndarray, num_steps: int) -> Tensor:
+        dtype = self.transformer.dtype
+        start = self.codec.encode(state.frames[:, None]).to(self.device, dtype)
+        padded, action_frames = self.chunk_inputs(start, commands, poses, state)
+        condition = self.transformer.condition(padded, action_frames, state.history.to(dtype))
+        batch, z, _, h, w = start.shape
+        groups = -(-commands.shape[1] // VideoCodec.temporal_stride)
+        noise = slot_noise(state.seeds, state.env_step, (z, groups, h, w)).to(self.device)
+        mask = start.new_zeros(batch, 1, 1 + groups, h, w)
+        mask[:, :, 0] = 1.0
+
+        def velocity(z_t: Tensor, t: float) -> Tensor:
+            latents = torch.cat([start, z_t.to(dtype)], dim=2)
+            times = start.new_full((batch, 1 + groups), t, dtype=torch.float32)
+            times[:, 0] = 0.0
+            return self.transformer(latents, mask, times, condition)[:, :, 1:].float()
+
+        if self.config.schedule == "karras":
+            times = karras_schedule(num_steps)
+        else:
+            times = flow_schedule(num_steps, self.config.schedule_shift)
+        chunk = integrate(velocity, noise, times, self.config.solver)
+        return torch.cat([start, chunk.to(dtype)], dim=2)
+
+    def _advance_history(self, state: RolloutState, frames: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Append complete groups of returned frames to the history; up to three frames wait for their group to fill.
+
+        Sampled latents are reused where groups align with the chunk; elsewhere the returned frames are encoded.
+        """
+        stride = VideoCodec.temporal_stride
+        history, tail, count = state.history.clone(), state.tail.clone(), state.tail_count.clone()
+        for waiting in count.unique().tolist():
+            slots = (state.tail_count == waiting).nonzero().flatten()
+            anchor = state.tail[slots, :1]
+            queue = torch.cat([state.tail[slots, 1 : 1 + waiting], frames[slots]], dim=1)
+            groups = queue.shape[1] // stride
+            if groups:
+                on_device = slots.to(history.device)
+                if waiting == 0:
+                    new = latents[on_device, :, 1 : 1 + groups]
+                else:
+                    new = self.codec.encode(torch.cat([anchor, queue[:, : groups * stride]], dim=1))[:, :, 1:]
+                kept = torch.cat([history[on_device], new.to(history)], dim=2)
+                history[on_device] = kept[:, :, -history.shape[2] :]
+                anchor = queue[:, groups * stride - 1 : groups * stride]
+            rest = torch.cat([anchor, queue[:, groups * stride :]], dim=1)
+            tail[slots, : rest.shape[1]] = rest
+            count[slots] = rest.shape[1] - 1
+        return history, tail, count
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``prophet.json``, ``transformer/`` and ``vae/`` (safetensors); the JSON comes last, so that a folder that has it is whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.transformer.save_pretrained(folder / "transformer")
+        self.codec.vae.save_pretrained(folder / "vae")
+        temporary = folder / "prophet.json.tmp"
+        temporary.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        temporary.replace(folder / "prophet.json")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> ProphetWorldModel:
+        """Load a checkpoint folder written by :meth:`save_pretrained`.
+
+        Raises:
+            ValueError: the folder is not a Prophet checkpoint, is incomplete, corrupt, or of another architecture.
+        """
+        folder = Path(folder)
+        if not (folder / "prophet.json").is_file():
+            raise ValueError(f"{folder}: no prophet.json, so not a Prophet checkpoint; expected a folder of `prophet train`")
+        try:
+            config = ProphetConfig.from_dict(json.loads((folder / "prophet.json").read_text()))
+            vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+            codec_class = {"FoldedVideoVAE": FoldedVideoVAE, "AutoencoderKLWan": AutoencoderKLWan}[vae_class]
+            vae = load_network(codec_class, folder / "vae", dtype)
+            transformer = load_network(ProphetTransformer, folder / "transformer", dtype)
+        except Exception as error:
+            raise ValueError(f"{folder}: cannot be loaded as a Prophet checkpoint ({type(error).__name__}: {error})") from error
+        info = {"name": config.name, "trained_on": config.trained_on, "source": folder.name}
+        return cls(transformer.eval(), vae.eval(), config, info).to(device)
+
+
+def load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """``from_pretrained`` that refuses missing, unexpected and mismatched keys, and anything but safetensors."""
+    network, report = network_class.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    bad = {k: v for k, v in report.items() if v}
+    if bad:
+        raise ValueError(f"{folder.name}: keys do not fit {network_class.__name__}: {bad}")
+    return network

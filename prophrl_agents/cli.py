@@ -1,0 +1,101 @@
+"""The `prophrl` command. Functions live where their subject lives; this file only wires and prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Container
+
+import tyro
+
+from prophrl_agents.advantages import group_advantages
+from prophrl_agents.flow_sde import LastStep, schedule
+from prophrl_agents.flowscale import flowscale_weights
+from prophrl_agents.losses import fa_grpo_loss
+from prophrl_agents.policies.small import SmallFlowPolicyConfig
+
+__all__ = ["app", "info", "main"]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def info(
+    num_flow_steps: int = SmallFlowPolicyConfig.num_flow_steps,
+    noise_level: float = SmallFlowPolicyConfig.noise_level,
+    last_step: LastStep = SmallFlowPolicyConfig.last_step,
+) -> None:
+    """Print the version, the defaults of the learning maths, and the flow schedule with its FlowScale weights.
+
+    Args:
+        num_flow_steps: flow steps K of the action head.
+        noise_level: noise a of the flow SDE.
+        last_step: whether the last flow step is noisy ("sde") or not ("ode").
+    """
+    table = schedule_table(num_flow_steps, noise_level, last_step)
+    print(f"prophrl {_version()}\n")
+    print(defaults_table())
+    print(f"\nflow schedule, K = {num_flow_steps}, noise level = {noise_level:g}, last step = {last_step}")
+    print(table)
+
+
+def defaults_table() -> str:
+    """Returns the defaults, read from the signatures of the functions that use them."""
+    rows: list[tuple[str, ...]] = [("where", "parameter", "default")]
+    for function in (group_advantages, flowscale_weights, fa_grpo_loss):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                rows.append((function.__name__, name, str(parameter.default)))
+    for field in dataclasses.fields(SmallFlowPolicyConfig):
+        if field.default is not dataclasses.MISSING:
+            rows.append((SmallFlowPolicyConfig.__name__, field.name, str(field.default)))
+    return _format(rows, right=())
+
+
+def schedule_table(num_flow_steps: int, noise_level: float, last_step: LastStep) -> str:
+    """Returns one line per flow step.
+
+    ``score`` is the root mean square of the gradient of the step's log-probability by its velocity, |c_v| / std: what
+    FlowScale evens out.
+    """
+    flow = schedule(num_flow_steps, noise_level, last_step=last_step)
+    weights = flowscale_weights(flow.std)
+    rows: list[tuple[str, ...]] = [("k", "t", "dt", "std", "score", "weight", "weight*score")]
+    for k, (t, dt, std, c_v, w) in enumerate(zip(flow.t, flow.dt, flow.std, flow.c_v, weights, strict=False), start=1):
+        score = float(-c_v / std) if std > 0 else 0.0
+        rows.append((str(k), *(f"{float(number):.4f}" for number in (t, dt, std, score, w, w * score))))
+    return _format(rows, right=range(7))
+
+
+def _format(rows: list[tuple[str, ...]], right: Container[int]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.rjust(n) if i in right else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * n for n in widths))
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("prophet-gym")
+    except importlib.metadata.PackageNotFoundError:
+        return "(source tree, not installed)"
+
+
+def main() -> None:
+    """Runs the command line; a ValueError is printed without a traceback, exit status 2."""
+    try:
+        app.cli(prog="prophrl", description="Reinforce flow-head robot policies in a world model or a simulator.")
+    except ValueError as error:
+        print(f"prophrl: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

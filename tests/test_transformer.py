@@ -1,0 +1,174 @@
+"""The denoiser: the stock Cosmos network at initialisation, gradients everywhere, memory computed once."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers import transformer_cosmos
+
+from prophet_gym.world_model.presets import PRESETS, preset
+from prophet_gym.world_model.transformer import ProphetTransformer
+
+SMALL = {
+    "latent_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "num_layers": 2,
+    "text_embed_dim": 12,
+    "adaln_lora_dim": 8,
+    "max_size": (8, 16, 16),
+    "scalar_hidden_dim": 16,
+    "memory_strides": ((1, 2, 2), (5, 4, 4)),
+}
+
+
+def inputs(action_frames: str, batch: int = 2, frames: int = 6, size: int = 4, effectors: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    drawn = {
+        "none": None,
+        "pooled": randn(batch, 4, frames, size, size),
+        "spatial": randn(batch, 3, 1 + 4 * (frames - 1), 8 * size, 8 * size),
+    }[action_frames]
+    mask = torch.zeros(batch, 1, frames, size, size)
+    mask[:, :, 0] = 1
+    times = torch.rand(batch, frames, generator=generator)
+    times[:, 0] = 1e-4
+    return {
+        "latents": randn(batch, 4, frames, size, size),
+        "mask": mask,
+        "times": times,
+        "actions": 0.1 * randn(batch, 20, effectors, 7),
+        "drawn": drawn,
+        "history": randn(batch, 4, 15, size, size),
+        "text": randn(batch, 3, 12),
+    }
+
+
+def run(model: ProphetTransformer, data: dict, text: bool = True) -> torch.Tensor:
+    condition = model.condition(data["actions"], data["drawn"], data["history"], data["text"] if text else None)
+    return model(data["latents"], data["mask"], data["times"], condition)
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> transformer_cosmos.CosmosTransformer3DModel:
+    """diffusers' own network, with a padding mask that does not need torchvision."""
+    functional = SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size))
+    fake = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(transformer_cosmos, "transforms", fake, raising=False)
+    torch.manual_seed(3)
+    return transformer_cosmos.CosmosTransformer3DModel(
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        text_embed_dim=12,
+        adaln_lora_dim=8,
+        max_size=(8, 16, 16),
+        rope_scale=(1.0, 3.0, 3.0),
+        extra_pos_embed_type=None,
+    ).eval()
+
+
+@pytest.mark.parametrize("action_frames", ["none", "pooled", "spatial"])
+def test_initialisation_is_the_stock_backbone(stock, action_frames: str) -> None:
+    ours = ProphetTransformer(**SMALL, action_frames=action_frames).eval()
+    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected
+    assert all(k.startswith(("scalar_actions", "action_frame_stream", "memory")) for k in missing)
+    data = inputs(action_frames)
+    theirs = stock(
+        data["latents"],
+        data["times"][:, None, :, None, None],
+        data["text"],
+        condition_mask=data["mask"],
+        padding_mask=torch.zeros(1, 1, 32, 32),
+        return_dict=False,
+    )[0]
+    ours.memory_gate.zero_()
+    torch.testing.assert_close(run(ours, data), theirs, atol=1e-5, rtol=1e-5)
+    ours.memory_gate.fill_(1.0)
+    assert (run(ours, data) - theirs).abs().max() > 1e-3, "the open gate lets the memory in"
+
+
+def test_zero_text_equals_no_text() -> None:
+    model = ProphetTransformer(**SMALL).eval()
+    data = inputs("pooled")
+    data["text"] = torch.zeros_like(data["text"])
+    torch.testing.assert_close(run(model, data), run(model, data, text=False))
+
+
+def test_cosmos_preset_has_the_papers_size() -> None:
+    with torch.device("meta"):
+        model = ProphetTransformer(**preset("cosmos-2b"))
+    new = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("scalar", "action_frame", "memory")))
+    total = sum(p.numel() for p in model.parameters())
+    assert (total, total - new) == (2_057_668_608, 1_956_413_440)
+
+
+def test_unknown_preset_and_conditioning() -> None:
+    with pytest.raises(ValueError, match="expected one of"):
+        preset("huge")
+    with pytest.raises(ValueError, match="pooled"):
+        ProphetTransformer(**{**SMALL, "action_frames": "sideways"})
+
+
+@pytest.mark.parametrize("action_frames", ["none", "pooled", "spatial"])
+def test_every_parameter_gets_a_gradient_after_one_step(action_frames: str) -> None:
+    torch.manual_seed(0)
+    model = ProphetTransformer(**SMALL, action_frames=action_frames)
+    data = inputs(action_frames)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):  # layers behind a zero-initialised one see their first gradient in the second step
+        optimizer.zero_grad()
+        run(model, data).square().mean().backward()
+        optimizer.step()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+def test_history_actions_and_drawings_all_matter() -> None:
+    torch.manual_seed(0)
+    model = ProphetTransformer(**SMALL, action_frames="spatial").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        data = inputs("spatial")
+        before = run(model, data)
+        for key in ("actions", "drawn", "history", "latents"):
+            changed = {**data, key: data[key] + 0.5}
+            assert (run(model, changed) - before).abs().max() > 1e-4, key
+
+
+def test_condition_computed_once_equals_recomputed() -> None:
+    model = ProphetTransformer(**SMALL).eval()
+    data = inputs("pooled")
+    once = model.condition(data["actions"], data["drawn"], data["history"], data["text"])
+    with torch.no_grad():
+        for t in (0.9, 0.3):
+            times = torch.full_like(data["times"], t)
+            cached = model(data["latents"], data["mask"], times, once)
+            torch.testing.assert_close(cached, run(model, {**data, "times": times}), rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = ProphetTransformer(**SMALL)
+    data = inputs("pooled")
+    run(model, data).square().mean().backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    run(model, data).square().mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name])
+
+
+def test_tiny_preset_is_small() -> None:
+    with torch.device("meta"):
+        model = ProphetTransformer(**PRESETS["tiny"])
+    assert sum(p.numel() for p in model.parameters()) < 7_000_000

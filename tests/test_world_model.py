@@ -1,0 +1,229 @@
+"""`ProphetWorldModel`: rollouts, slots, history, checkpoints, errors."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prophet_gym.snapshot import SnapshotSet
+from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
+from prophet_gym.world_model.sampler import flow_schedule, integrate, karras_schedule, slot_noise
+from prophet_gym.world_model.state import RolloutState, WorldModel
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path) -> ProphetWorldModel:
+    return ProphetWorldModel.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def starts(tiny_checkpoint: Path) -> list:
+    return list(SnapshotSet.load(tiny_checkpoint / "snapshots"))
+
+
+def commands(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-0.03, 0.03, (batch, length, 1, 7)).astype(np.float32)
+    actions[..., 6] = rng.uniform(0, 1, (batch, length, 1))
+    return actions
+
+
+def equal(a: RolloutState, b: RolloutState) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return all(torch.equal(first[k].nan_to_num(), second[k].nan_to_num()) for k in first)
+
+
+def test_follows_the_protocol(world) -> None:
+    assert isinstance(world, WorldModel)
+
+
+@pytest.mark.parametrize("length", range(1, 21))
+def test_every_chunk_length(world, starts, length: int) -> None:
+    state = world.begin(starts[:2], [1, 2])
+    frames, after = world.predict(state, commands(2, length))
+    assert frames.shape == (2, length, 48, 48, 3) and frames.dtype == np.uint8
+    assert torch.equal(after.frames, torch.from_numpy(frames[:, -1]))
+    assert after.tail_count.tolist() == [length % 4] * 2
+
+
+def test_slot_equals_lone_rollout(world, starts) -> None:
+    actions = commands(3, 13)
+    together, _ = world.predict(world.begin(starts[:3], [5, 6, 7]), actions)
+    for i in range(3):
+        alone, _ = world.predict(world.begin([starts[i]], [5 + i]), actions[i : i + 1])
+        assert np.abs(alone[0].astype(int) - together[i]).max() <= 1
+
+
+def test_noise_depends_on_seed_and_env_step_alone() -> None:
+    steps = torch.tensor([0, 0, 1])
+    noise = slot_noise(torch.tensor([3, 4, 3]), steps, (2, 5))
+    assert torch.equal(noise[:1], slot_noise(torch.tensor([3]), steps[:1], (2, 5)))
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+
+
+def test_predict_leaves_its_state_alone_and_restores_to_the_byte(world, starts) -> None:
+    state = world.begin(starts[:2], [1, 2])
+    _, state = world.predict(state, commands(2, 6))
+    saved = RolloutState.from_state_dict(state.state_dict())
+    first, after = world.predict(state, commands(2, 9, seed=1))
+    assert equal(state, saved)
+    again, after_again = world.predict(saved, commands(2, 9, seed=1))
+    assert np.array_equal(first, again) and equal(after, after_again)
+
+
+def test_select_fork_put(world, starts) -> None:
+    state = world.begin(starts[:3], [1, 2, 3])
+    assert state.fork(2).seeds.tolist() == [1, 1, 2, 2, 3, 3]
+    assert state.select([2, 0]).seeds.tolist() == [3, 1]
+    assert state.select(np.array([True, False, True])).seeds.tolist() == [1, 3]
+    other = world.begin(starts[3:], [9])
+    assert state.put([1], other).seeds.tolist() == [1, 9, 3] and state.seeds.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="expected equal numbers"):
+        state.put([0, 1], other)
+    with pytest.raises(ValueError, match="at least 1"):
+        state.fork(0)
+    with pytest.raises(ValueError, match="missing"):
+        RolloutState.from_state_dict({"frames": state.frames})
+
+
+def test_history_holds_complete_groups_of_returned_frames(world, starts) -> None:
+    """Chunks of 6 and 7 commands leave 13 frames: three groups of four in the history, one frame waiting."""
+    state = world.begin(starts[:1], [1])
+    first, state = world.predict(state, commands(1, 6))
+    second, state = world.predict(state, commands(1, 7, seed=1))
+    video = torch.from_numpy(np.concatenate([starts[0].image[None], first[0], second[0]]))[None]
+    groups = world.codec.encode(video[:, :13])[:, :, 2:]  # frames 5 to 8 and 9 to 12, re-encoded where misaligned
+    torch.testing.assert_close(state.history[:, :, -2:], groups, atol=1e-5, rtol=1e-5)
+    assert state.tail_count.tolist() == [1]
+    assert torch.equal(state.tail[0, 0], video[0, 12]) and torch.equal(state.tail[0, 1], video[0, 13])
+
+
+def test_history_of_slots_with_different_waiting_frames(world, starts) -> None:
+    together = world.begin(starts[:2], [1, 2])
+    _, one = world.predict(together.select([0]), commands(1, 3))
+    mixed = together.put([0], one)
+    _, after = world.predict(mixed, commands(2, 6))
+    assert after.tail_count.tolist() == [1, 2]
+
+
+def test_history_length_is_constant(world, starts) -> None:
+    state = world.begin(starts[:1], [1])
+    shapes = set()
+    for i in range(4):
+        _, state = world.predict(state, commands(1, 20, seed=i))
+        shapes.add(tuple(state.history.shape))
+    assert len(shapes) == 1
+
+
+def test_pose_integration_matches_the_action_spec(world, starts) -> None:
+    state = world.begin(starts[:1], [1])
+    actions = np.zeros((1, 2, 1, 7), np.float32)
+    actions[0, :, 0, 0] = 0.01
+    actions[..., 6] = 0.25
+    _, after = world.predict(state, actions)
+    moved = after.poses[0, 0, :3, 3] - state.poses[0, 0, :3, 3]
+    np.testing.assert_allclose(moved, [0.02, 0, 0], atol=1e-6)
+    assert after.gripper.tolist() == [[0.25]]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_cost_exactly_their_number_of_evaluations(world, starts, steps: int) -> None:
+    calls = []
+    handle = world.transformer.register_forward_hook(lambda *_: calls.append(1))
+    world.predict(world.begin(starts[:1], [0]), commands(1, 4), num_inference_steps=steps)
+    handle.remove()
+    assert len(calls) == steps
+
+
+def test_schedules_and_solvers() -> None:
+    assert flow_schedule(4) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    shifted = flow_schedule(4, shift=3.0)
+    assert shifted[0] == 1.0 and shifted[-1] == 0.0 and shifted[2] == pytest.approx(0.75)
+    sigma = karras_schedule(35)
+    assert len(sigma) == 36 and sigma[0] == pytest.approx(80 / 81) and sigma[-2] == pytest.approx(0.002, rel=1e-2)
+    # dz/dt = z has z(0) = z(1) / e; the second-order solver is closer with as many evaluations.
+    start = torch.ones(1, dtype=torch.float64)
+    exact = start * np.exp(-1.0)
+    times = flow_schedule(16)
+    euler = (integrate(lambda z, t: z, start, times) - exact).abs()
+    second = (integrate(lambda z, t: z, start, times, "ab2") - exact).abs()
+    assert second < euler / 5
+    with pytest.raises(ValueError, match="at least 1"):
+        flow_schedule(0)
+    with pytest.raises(ValueError, match="ab2"):
+        integrate(lambda z, t: z, start, times, "rk4")
+
+
+def test_save_and_load_give_the_same_frames(world, starts, tmp_path: Path) -> None:
+    world.save_pretrained(tmp_path / "copy")
+    loaded = ProphetWorldModel.from_pretrained(tmp_path / "copy")
+    actions = commands(1, 8)
+    a, _ = world.predict(world.begin(starts[:1], [0]), actions)
+    b, _ = loaded.predict(loaded.begin(starts[:1], [0]), actions)
+    assert np.array_equal(a, b)
+    assert loaded.config == world.config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_close_to_single(world, starts, tiny_checkpoint: Path, dtype: torch.dtype) -> None:
+    low = ProphetWorldModel.from_pretrained(tiny_checkpoint, dtype=dtype)
+    actions = commands(1, 8)
+    exact, _ = world.predict(world.begin(starts[:1], [0]), actions)
+    frames, _ = low.predict(low.begin(starts[:1], [0]), actions)
+    assert np.abs(frames.astype(float) - exact).mean() < 6
+
+
+def test_bad_actions(world, starts) -> None:
+    state = world.begin(starts[:1], [0])
+    with pytest.raises(ValueError, match=r"expected \(B=1, C, N=1, 7\)"):
+        world.predict(state, np.zeros((1, 4, 6), np.float32))
+    with pytest.raises(ValueError, match="1 to 20"):
+        world.predict(state, commands(1, 21))
+    with pytest.raises(ValueError, match="NaN"):
+        world.predict(state, np.full((1, 2, 1, 7), np.nan, np.float32))
+
+
+def test_bad_snapshots(world, starts) -> None:
+    with pytest.raises(ValueError, match="as many"):
+        world.begin(starts[:2], [0])
+    with pytest.raises(ValueError, match="no camera"):
+        world.begin([replace(starts[0], camera=None)], [0])
+    large = replace(starts[0], image=np.zeros((64, 64, 3), np.uint8), camera=starts[0].camera.resized(64, 64))
+    with pytest.raises(ValueError, match="48x48"):
+        world.begin([large], [0])
+    two = replace(starts[0], eef_pose=np.tile(np.eye(4), (2, 1, 1)), gripper=np.ones(2))
+    with pytest.raises(ValueError, match="2 end-effectors"):
+        world.begin([two], [0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "unknown key", "no json"])
+def test_damaged_checkpoints(tiny_checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "foreign":
+        shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", weights)
+    elif damage == "unknown key":
+        values = json.loads((folder / "prophet.json").read_text())
+        (folder / "prophet.json").write_text(json.dumps({**values, "colour": "red"}))
+    else:
+        (folder / "prophet.json").unlink()
+    with pytest.raises(ValueError, match="broken"):
+        ProphetWorldModel.from_pretrained(folder)
+
+
+def test_config_validation() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ProphetConfig(history_frames=58)
+    with pytest.raises(ValueError, match="karras"):
+        ProphetConfig(schedule="cosine")
+    with pytest.raises(ValueError, match="16"):
+        ProphetConfig(image_size=(60, 64))
