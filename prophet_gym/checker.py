@@ -64,18 +64,18 @@ def same(left: Any, right: Any, tolerance: int = 0) -> bool:
     return bool(np.array_equal(left, right))
 
 
-def _longest_chunk(env: gym.Env) -> int:
+def _longest_chunk(env: Any) -> int:
     world_model = getattr(env.unwrapped, "world_model", None)
     return env.action_space.shape[0] if world_model is None else world_model.chunk_length
 
 
-def draw_actions(space: gym.spaces.Box, count: int, length: int, seed: int) -> np.ndarray:
+def draw_actions(space: Any, count: int, length: int, seed: int) -> np.ndarray:
     """Returns (count, length, 7N) commands inside the bounds."""
     draw = np.random.default_rng(seed).uniform(space.low[0], space.high[0], (count, length, space.shape[-1]))
     return np.clip(draw.astype(np.float32), space.low[0], space.high[0])
 
 
-def _check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
+def _check_spaces(observation_space: Any, action_space: Any) -> None:
     keys = list(observation_space.spaces) if isinstance(observation_space, gym.spaces.Dict) else None
     require(
         keys == ["image", "state"],
@@ -116,7 +116,7 @@ def _check_info(info: dict[str, Any], where: str) -> None:
     )
 
 
-def _check_reset_and_step(env: gym.Env, seed: int) -> None:
+def _check_reset_and_step(env: Any, seed: int) -> None:
     observation, info = env.reset(seed=seed)
     require(
         observation in env.observation_space,
@@ -171,7 +171,7 @@ def _check_outcome(reward: Any, terminated: Any, truncated: Any, info: dict[str,
     )
 
 
-def _check_fresh_arrays(env: gym.Env, seed: int) -> None:
+def _check_fresh_arrays(env: Any, seed: int) -> None:
     actions = draw_actions(env.action_space, 2, env.action_space.shape[0], seed)
     env.reset(seed=seed)
     clean = [env.step(action) for action in actions]
@@ -194,7 +194,7 @@ def _check_fresh_arrays(env: gym.Env, seed: int) -> None:
         info["frames"].fill(0)
 
 
-def _check_determinism(env: gym.Env, seed: int) -> None:
+def _check_determinism(env: Any, seed: int) -> None:
     actions = draw_actions(env.action_space, 2, env.action_space.shape[0], seed)
     runs = []
     for _ in range(2):
@@ -209,7 +209,7 @@ def _check_determinism(env: gym.Env, seed: int) -> None:
         )
 
 
-def _check_chunk_lengths(env: gym.Env, longest: int, seed: int) -> None:
+def _check_chunk_lengths(env: Any, longest: int, seed: int) -> None:
     for length in range(1, longest + 1):
         env.reset(seed=seed)
         _, _, _, _, info = env.step(draw_actions(env.action_space, 1, length, seed)[0])
@@ -220,7 +220,7 @@ def _check_chunk_lengths(env: gym.Env, longest: int, seed: int) -> None:
         )
 
 
-def _check_bad_input(env: gym.Env, longest: int, seed: int) -> None:
+def _check_bad_input(env: Any, longest: int, seed: int) -> None:
     good = draw_actions(env.action_space, 1, env.action_space.shape[0], seed)[0]
     nan, outside = good.copy(), good.copy()
     nan[0, 0], outside[-1, 0] = np.nan, 2.0 * np.abs(env.action_space.high).max() + 1.0
@@ -249,7 +249,7 @@ def _check_bad_input(env: gym.Env, longest: int, seed: int) -> None:
     )
 
 
-def _check_states(env: gym.Env, seed: int) -> None:
+def _check_states(env: Any, seed: int) -> None:
     world = env.unwrapped
     require(
         all(hasattr(world, name) for name in ("get_state", "set_state", "fork")),
@@ -278,7 +278,7 @@ def _check_states(env: gym.Env, seed: int) -> None:
         )
 
 
-def _check_fork(env: gym.Env, seed: int) -> None:
+def _check_fork(env: Any, seed: int) -> None:
     actions = draw_actions(env.action_space, 3, env.action_space.shape[0], seed)
     env.reset(seed=seed)
     env.step(actions[0])
@@ -293,8 +293,8 @@ def _check_fork(env: gym.Env, seed: int) -> None:
     members.close()
 
 
-def _check_end(env: gym.Env, seed: int) -> None:
-    horizon = getattr(env.unwrapped, "horizon", None)
+def _check_end(env: Any, seed: int) -> None:
+    horizon: Any = getattr(env.unwrapped, "horizon", None)
     require(
         isinstance(horizon, int), f"horizon is {horizon!r}, expected an integer", "env.unwrapped.horizon is missing"
     )
@@ -314,7 +314,7 @@ def _check_end(env: gym.Env, seed: int) -> None:
             break
 
 
-def _check_vector(env: VectorEnv, seed: int) -> None:
+def _check_vector(env: Any, seed: int) -> None:
     from .checker_vector import check_autoreset, check_slots
 
     _check_spaces(env.single_observation_space, env.single_action_space)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
 from .checker import draw_actions, require, same
 
@@ -14,7 +14,7 @@ __all__ = ["check_autoreset", "check_slots"]
 _KEYS = ("instruction", "env_step", "is_success", "judge_valid", "verdict", "checkpoint")
 
 
-def check_slots(env: VectorEnv, seed: int) -> None:
+def check_slots(env: Any, seed: int) -> None:
     """Checks shapes, masks and bad input, and that no slot depends on its place or on its neighbours."""
     count, length = env.num_envs, env.single_action_space.shape[0]
     actions = draw_actions(env.single_action_space, 2 * count, length, seed)
@@ -62,7 +62,7 @@ def check_slots(env: VectorEnv, seed: int) -> None:
     require(False, "step() took NaN", "actions are not checked; raise ValueError")
 
 
-def check_autoreset(env: VectorEnv, mode: AutoresetMode, seed: int) -> None:
+def check_autoreset(env: Any, mode: AutoresetMode, seed: int) -> None:
     """Runs one slot to its end before the others and checks what ``mode`` promises for it."""
     count, length = env.num_envs, env.single_action_space.shape[0]
     horizon = getattr(env.unwrapped, "horizon", None)

@@ -55,9 +55,7 @@ def info(checkpoint: Positional[str] = "tabletop") -> None:
     print(json.dumps(rows, indent=1))
 
 
-def record(
-    out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: int = 40, workers: int = 2
-) -> None:
+def record(out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: int = 40, workers: int = 2) -> None:
     """Record Tabletop episodes: scripted successes and failures, in the folder layout of the project.
 
     Args:
@@ -112,7 +110,14 @@ def evaluate(
         dtype: of the networks.
     """
     result = evaluate_world_model(
-        _load(checkpoint, dtype), EpisodeFolder(data)[:episodes], steps, num_inference_steps, batch_size, seed, out, True
+        _load(checkpoint, dtype),
+        EpisodeFolder(data)[:episodes],
+        steps,
+        num_inference_steps,
+        batch_size,
+        seed,
+        out,
+        True,
     )
     print(markdown(result))
     print(f"written to {out}")

@@ -26,7 +26,7 @@ def observation_space(action_spec: ActionSpec, image_size: tuple[int, int]) -> s
         {
             "image": spaces.Box(0, 255, (*image_size, 3), np.uint8),
             "state": spaces.Box(
-                np.tile(np.float32(_STATE_LOW), n), np.tile(np.float32(_STATE_HIGH), n), dtype=np.float32
+                np.array(_STATE_LOW * n, np.float32), np.array(_STATE_HIGH * n, np.float32), dtype=np.float32
             ),
         }
     )

@@ -6,13 +6,13 @@ The observation is the image alone; the action is the chunk, flattened and scale
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorWrapper
 from gymnasium.vector.utils import batch_space
 
 __all__ = ["FlatEnv", "FlatVectorEnv", "to_chunk"]
@@ -20,8 +20,8 @@ __all__ = ["FlatEnv", "FlatVectorEnv", "to_chunk"]
 _TOLERANCE = 1e-6  # float32 rounding is not a user's error
 
 
-def to_chunk(action: np.ndarray, chunk_space: Box) -> np.ndarray:
-    """Maps flat actions (..., C * 7N) in [-1, 1] linearly onto native chunks (..., C, 7N) float32 of ``chunk_space``.
+def to_chunk(action: np.ndarray, chunk_space: Any) -> np.ndarray:
+    """Maps flat actions (..., C * 7N) in [-1, 1] linearly onto chunks (..., C, 7N) of the ``Box`` ``chunk_space``.
 
     Raises:
         ValueError: wrong length, not finite, or outside [-1, 1].
@@ -42,7 +42,7 @@ def to_chunk(action: np.ndarray, chunk_space: Box) -> np.ndarray:
     return np.clip(native, chunk_space.low, chunk_space.high)
 
 
-def _action_space(chunk_space: Box) -> Box:
+def _action_space(chunk_space: Any) -> Box:
     return Box(-1.0, 1.0, (int(np.prod(chunk_space.shape)),), np.float32)
 
 
@@ -52,7 +52,7 @@ class FlatEnv(gym.Wrapper, RecordConstructorArgs):
     ``env.unwrapped`` is the chunk environment. Infos are passed on unchanged.
     """
 
-    def __init__(self, env: gym.Env) -> None:
+    def __init__(self, env: Any) -> None:
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
         self.observation_space = env.observation_space["image"]
@@ -65,7 +65,7 @@ class FlatEnv(gym.Wrapper, RecordConstructorArgs):
         observation, info = self.env.reset(seed=seed, options=options)
         return observation["image"], info
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         """Executes a flat action (C * 7N,) in [-1, 1]."""
         if np.ndim(action) != 1:
             raise ValueError(f"Flat action of shape {np.shape(action)}; expected {self.action_space.shape}.")
@@ -76,7 +76,7 @@ class FlatEnv(gym.Wrapper, RecordConstructorArgs):
 class FlatVectorEnv(VectorWrapper):
     """:class:`FlatEnv` for vector environments: ``Box(B, H, W, 3)`` in, ``Box(B, C * 7N)`` out."""
 
-    def __init__(self, env: VectorEnv) -> None:
+    def __init__(self, env: Any) -> None:
         super().__init__(env)
         self.single_observation_space = env.single_observation_space["image"]
         self.single_action_space = _action_space(env.single_action_space)

@@ -1,7 +1,7 @@
 """A small learned judge: frames and instruction to success, with a stored decision threshold.
 
 The default judge of Prophet-Tabletop. It looks at the first frame and a few late ones at the resolution it was trained
-at, costs under a millisecond a rollout and abstains when it meets a word it was not trained on. Trained by
+at, costs about a millisecond a rollout and abstains when it meets a word it was not trained on. Trained by
 ``prophet_gym.training.judge`` on real and imagined frames (paper 3.4.1 fine-tunes Qwen2.5-VL-7B for the same purpose).
 """
 

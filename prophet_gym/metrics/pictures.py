@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .fidelity import check_video_pair
 
-TILE = 192
-"""Least height of one drawn frame in pixels; small frames are enlarged by a whole factor, unsmoothed."""
+STRIP_TILE, VIDEO_TILE = 128, 192
+"""About the height of one drawn frame in pixels; small frames are enlarged by a whole factor, unsmoothed."""
 
 _GAP, _MARGIN, _LINE = 4, 92, 26
 _INK, _PAPER, _FAINT = (30, 30, 30), (255, 255, 255), (110, 110, 110)
@@ -56,7 +56,7 @@ def draw_strips(comparisons: Sequence[Comparison], columns: int = 9) -> np.ndarr
     """
     _check_equal(comparisons)
     moments = np.unique(np.linspace(0, len(comparisons[0].real) - 1, columns).round().astype(int))
-    tile = _enlarge(comparisons[0].real[0]).shape
+    tile = _enlarge(comparisons[0].real[0], STRIP_TILE).shape
     block_height = _LINE + 2 * (tile[0] + _GAP) + 3 * _GAP
     width = _MARGIN + len(moments) * (tile[1] + _GAP)
     canvas = Image.new("RGB", (width, _LINE + len(comparisons) * block_height), _PAPER)
@@ -72,7 +72,7 @@ def draw_strips(comparisons: Sequence[Comparison], columns: int = 9) -> np.ndarr
             pen.text((8, y + tile[0] // 2 - 10), name, _INK, font=_font(17))
             for column, t in enumerate(moments):
                 frame = getattr(comparison, name)[t]
-                canvas.paste(Image.fromarray(_enlarge(frame)), (_MARGIN + column * (tile[1] + _GAP), y))
+                canvas.paste(Image.fromarray(_enlarge(frame, STRIP_TILE)), (_MARGIN + column * (tile[1] + _GAP), y))
     return np.asarray(canvas).copy()
 
 
@@ -90,7 +90,7 @@ def draw_side_by_side(comparisons: Sequence[Comparison], columns: int = 3) -> np
         ValueError: if there is nothing to draw, or the episodes differ in length or frame size.
     """
     _check_equal(comparisons)
-    tile = _enlarge(comparisons[0].real[0]).shape
+    tile = _enlarge(comparisons[0].real[0], VIDEO_TILE).shape
     columns = min(columns, len(comparisons))
     rows = -(-len(comparisons) // columns)
     panel = (2 * _LINE + tile[0] + _GAP, 2 * tile[1] + 4 * _GAP)
@@ -108,7 +108,7 @@ def draw_side_by_side(comparisons: Sequence[Comparison], columns: int = 3) -> np
         pen.text((_GAP, 4), f"t = {t}" + (" (given start frame)" if t == 0 else ""), _INK, font=_font(16))
         for (x, y), comparison in zip(corners, comparisons, strict=True):
             for offset, name in enumerate(("real", "imagined")):
-                frame = Image.fromarray(_enlarge(getattr(comparison, name)[t]))
+                frame = Image.fromarray(_enlarge(getattr(comparison, name)[t], VIDEO_TILE))
                 canvas.paste(frame, (x + offset * (tile[1] + _GAP), y + 2 * _LINE - 4))
         video.append(np.asarray(canvas).copy())
     return np.stack(video)
@@ -159,8 +159,8 @@ def _check_equal(comparisons: Sequence[Comparison]) -> None:
         )
 
 
-def _enlarge(frame: np.ndarray) -> np.ndarray:
-    factor = max(1, round(TILE / frame.shape[0]))
+def _enlarge(frame: np.ndarray, height: int) -> np.ndarray:
+    factor = max(1, round(height / frame.shape[0]))
     return frame.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

@@ -143,7 +143,7 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
     singles = np.repeat(np.asarray(grid)[:, None], 4, axis=1)
     groups = np.maximum(np.asarray(grid)[:, None] + np.arange(-3, 1), 0)
     for start in tqdm(range(done, count, batch), desc="encoding", mininterval=5.0):
-        block = torch.from_numpy(clips.frames[start : start + batch])
+        block = torch.from_numpy(clips.frames[start : start + batch].copy())
         for name, index in (("single", singles), ("group", groups)):
             picked = (block[:, index].flatten(0, 1).float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -37,7 +37,7 @@ def imagine(
         batch_size: episodes rolled together.
         num_inference_steps: denoising steps; the model's own number by default.
         seed: of the world model's noise; episode i has seed ``seed + i``.
-        progress: show a progress bar.
+        progress: show a progress bar, where there is a terminal.
 
     Returns:
         For each episode (T+1, H, W, 3) uint8, the snapshot's frame first.
@@ -51,7 +51,7 @@ def imagine(
             f"chunk_length must be in 1 to {world_model.chunk_length} (the model's maximum), got {length}."
         )
     imagined = []
-    for start in tqdm(range(0, len(episodes), batch_size), desc="imagine", disable=not progress):
+    for start in tqdm(range(0, len(episodes), batch_size), desc="imagine", disable=None if progress else True):
         batch = episodes[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(batch))
         imagined += _imagine_batch(world_model, batch, list(seeds), length, num_inference_steps)

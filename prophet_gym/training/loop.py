@@ -164,7 +164,9 @@ def train_loop(
     def save(step: int) -> None:
         if accelerator.is_main_process:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            atomic_save({"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states}, path)
+            atomic_save(
+                {"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states}, path
+            )
 
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress, mininterval=5.0)
     clock, seen = time.monotonic(), start

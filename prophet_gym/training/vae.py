@@ -110,7 +110,9 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         real, coded = reconstruct(model, held_out)
         panel = np.concatenate([np.concatenate(list(x[0, ::4]), axis=1) for x in (real, coded)])
         (run / "pictures").mkdir(exist_ok=True)
-        cv2.imwrite(str(run / "pictures" / f"step_{step:06d}.png"), np.kron(panel, np.ones((4, 4, 1), np.uint8))[..., ::-1])
+        cv2.imwrite(
+            str(run / "pictures" / f"step_{step:06d}.png"), np.kron(panel, np.ones((4, 4, 1), np.uint8))[..., ::-1]
+        )
         values = psnr_per_frame(real.reshape(-1, *real.shape[2:]), coded.reshape(-1, *coded.shape[2:]))
         return {"validation_psnr": float(values.mean())}
 

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..actions import pad_chunk
+from ..data.folder import EpisodeFolder
+from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
 from ..world_model.prophet import ProphetConfig, ProphetWorldModel
 from ..world_model.transformer import ProphetTransformer
@@ -166,7 +168,11 @@ class ChunkSampler:
 
 
 def velocity_loss(
-    model: Callable[..., Tensor], transformer: ProphetTransformer, batch: ChunkBatch, config: WorldModelConfig, step: int
+    model: Callable[..., Tensor],
+    transformer: ProphetTransformer,
+    batch: ChunkBatch,
+    config: WorldModelConfig,
+    step: int,
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified-flow loss ||v - (eps - z_0)||^2 over all latent frames but the first.
 
@@ -197,6 +203,22 @@ def velocity_loss(
     return (weight * error).sum() / weight.sum(), numbers
 
 
+def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWorldModel, int], dict[str, float]]:
+    """Open-loop evaluation on the first ``count`` held-out episodes; strips and videos go to RUN/pictures."""
+    episodes = EpisodeFolder(config.validation)[:count]
+    steps = min(40, min(len(episode.actions) for episode in episodes))
+
+    def evaluate(world: ProphetWorldModel, step: int) -> dict[str, float]:
+        out = Path(config.run) / "pictures" / f"step_{step:06d}"
+        report = evaluate_world_model(world, episodes, steps, batch_size=count, out=out)
+        tables = report["groups"]["all"]["horizons"][str(steps)]
+        names = ("psnr", "epe_mean", "cos_mean", "block_within", "block_lost")
+        numbers = {f"validation_{name}": tables["predictors"]["model"][name]["value"] for name in names}
+        return {**numbers, **{name: figure["value"] for name, figure in tables["against"].items()}}
+
+    return evaluate
+
+
 def train_world_model(
     config: WorldModelConfig,
     evaluate: Callable[[ProphetWorldModel, int], dict[str, float]] | None = None,
@@ -205,12 +227,15 @@ def train_world_model(
 
     Args:
         config: the run.
-        evaluate: maps a world model with the averaged weights and the step to numbers for the log.
+        evaluate: maps a world model with the averaged weights and the step to numbers for the log; default
+            :func:`validator` where the configuration names held-out episodes.
 
     Raises:
         ValueError: bad data or an existing run without ``resume``.
     """
     run, cache = Path(config.run), Path(config.cache)
+    if evaluate is None and config.validation is not None:
+        evaluate = validator(config)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
     clips = load_clips(config.data, cache / "train")
     vae = FoldedVideoVAE.from_pretrained(config.vae, torch_dtype=torch.float32).eval()
@@ -235,9 +260,7 @@ def train_world_model(
         num_inference_steps=config.num_inference_steps,
         action_spec=clips.action_spec,
     )
-    sampler = ChunkSampler(
-        clips, latents, config, chunk_length=20, history=prophet_config.history_frames, vae=vae
-    )
+    sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=prophet_config.history_frames, vae=vae)
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
@@ -257,4 +280,3 @@ def train_world_model(
     world.save_pretrained(run / "prophet")
     (run / "done.json").write_text(json.dumps({"parameters": sum(p.numel() for p in transformer.parameters())}) + "\n")
     return world
-

@@ -39,7 +39,8 @@ class HistoryMemory(nn.Module):
             pooled = F.avg_pool3d(history.float(), stride, stride).to(history.dtype)
             tokens = project(pooled.permute(0, 2, 3, 4, 1))
             axes = [
-                (torch.arange(n, device=history.device) + 0.5) * s for n, s in zip(tokens.shape[1:4], stride, strict=True)
+                (torch.arange(n, device=history.device) + 0.5) * s
+                for n, s in zip(tokens.shape[1:4], stride, strict=True)
             ]
             age = history.shape[2] - axes[0]
             d = self.dim // 3

@@ -138,7 +138,9 @@ class ProphetWorldModel:
                 frames are required, or a different number of seeds.
         """
         if len(snapshots) != len(seeds) or not snapshots:
-            raise ValueError(f"begin: {len(snapshots)} snapshots and {len(seeds)} seeds; expected as many, at least one")
+            raise ValueError(
+                f"begin: {len(snapshots)} snapshots and {len(seeds)} seeds; expected as many, at least one"
+            )
         for i, snapshot in enumerate(snapshots):
             self._check_snapshot(i, snapshot)
         n, batch = self.num_effectors, len(snapshots)
@@ -210,7 +212,7 @@ class ProphetWorldModel:
             tail=tail,
             tail_count=count,
             poses=torch.from_numpy(poses[:, -1].copy()),
-            gripper=torch.from_numpy(commands[:, -1, :, 6].astype(np.float64)),
+            gripper=torch.from_numpy(self._openness(state, commands)[:, -1]),
             env_step=state.env_step + 1,
         )
         return frames.numpy(), after
@@ -251,7 +253,7 @@ class ProphetWorldModel:
         groups = -(-commands.shape[1] // VideoCodec.temporal_stride)
         fill = groups * VideoCodec.temporal_stride - commands.shape[1]
         path = np.concatenate([state.poses.numpy()[:, None], poses], axis=1)
-        openness = np.concatenate([state.gripper.numpy()[:, None], commands[..., 6]], axis=1)
+        openness = np.concatenate([state.gripper.numpy()[:, None], self._openness(state, commands)], axis=1)
         height, width = self.image_size
         drawn = []
         for i in range(len(path)):
@@ -259,6 +261,12 @@ class ProphetWorldModel:
             frames = render_action_frames(path[i], openness[i], camera)
             drawn.append(np.concatenate([frames, np.repeat(frames[-1:], fill, axis=0)]))
         return torch.from_numpy(np.stack(drawn))
+
+    @staticmethod
+    def _openness(state: RolloutState, commands: np.ndarray) -> np.ndarray:
+        """Commanded open ratios (B, C, N) float64; an end-effector that only pads keeps its flag and is not drawn."""
+        gripper = state.gripper.numpy()[:, None]
+        return np.where(gripper == PAD_GRIPPER, PAD_GRIPPER, commands[..., 6].astype(np.float64))
 
     def _sample(self, state: RolloutState, commands: np.ndarray, poses: np.ndarray, num_steps: int) -> Tensor:
         dtype = self.transformer.dtype
@@ -331,7 +339,9 @@ class ProphetWorldModel:
         """
         folder = Path(folder)
         if not (folder / "prophet.json").is_file():
-            raise ValueError(f"{folder}: no prophet.json, so not a Prophet checkpoint; expected a folder of `prophet train`")
+            raise ValueError(
+                f"{folder}: no prophet.json, so not a Prophet checkpoint; expected a folder of `prophet train`"
+            )
         try:
             config = ProphetConfig.from_dict(json.loads((folder / "prophet.json").read_text()))
             vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
@@ -339,7 +349,9 @@ class ProphetWorldModel:
             vae = load_network(codec_class, folder / "vae", dtype)
             transformer = load_network(ProphetTransformer, folder / "transformer", dtype)
         except Exception as error:
-            raise ValueError(f"{folder}: cannot be loaded as a Prophet checkpoint ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{folder}: cannot be loaded as a Prophet checkpoint ({type(error).__name__}: {error})"
+            ) from error
         info = {"name": config.name, "trained_on": config.trained_on, "source": folder.name}
         return cls(transformer.eval(), vae.eval(), config, info).to(device)
 

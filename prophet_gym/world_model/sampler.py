@@ -22,9 +22,7 @@ def flow_schedule(num_steps: int, shift: float = 1.0, t_max: float = 1.0) -> lis
     return [t_max * shift * u / (1.0 + (shift - 1.0) * u) for u in grid] + [0.0]
 
 
-def karras_schedule(
-    num_steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
-) -> list[float]:
+def karras_schedule(num_steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> list[float]:
     """Cosmos-Predict2's noise levels as flow times t = sigma / (1 + sigma), ending at 0."""
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}: expected at least 1")
@@ -57,7 +55,7 @@ def integrate(velocity: Velocity, noise: Tensor, times: list[float], solver: str
 
 
 def slot_noise(seeds: Tensor, env_steps: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (B, *shape): slot i depends on its reset seed and its env step alone, never on the batch."""
+    """Standard normal noise (B, *shape): slot i depends on its reset seed and env step alone, never on the batch."""
     noise = torch.empty(len(seeds), *shape)
     generator = torch.Generator()
     for i, (seed, step) in enumerate(zip(seeds.tolist(), env_steps.tolist(), strict=True)):

@@ -58,7 +58,9 @@ class RolloutState:
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
         index = index.long()
-        return RolloutState(**{f.name: getattr(self, f.name)[index.to(getattr(self, f.name).device)] for f in fields(self)})
+        return RolloutState(
+            **{f.name: getattr(self, f.name)[index.to(getattr(self, f.name).device)] for f in fields(self)}
+        )
 
     def fork(self, n: int) -> RolloutState:
         """Each slot ``n`` times over: slot i becomes slots i n ... i n + n - 1."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a residual connection; the second starts at zero, so that no normalisation is needed."""
+    """Two 3x3 convolutions with a residual connection; the second starts at zero, which spares a normalisation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

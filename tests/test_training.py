@@ -1,0 +1,236 @@
+"""Training end to end on a made-up data set: learns, resumes to the same bits, survives SIGKILL, refuses bad runs."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prophet_gym.action_frames import Camera
+from prophet_gym.actions import ACTION_SPECS, integrate_poses
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.folder import write_episode
+from prophet_gym.training.clips import encode_clips, load_clips
+from prophet_gym.training.loop import LoopConfig
+from prophet_gym.training.vae import VAEConfig, train_vae
+from prophet_gym.training.world_model import ChunkSampler, WorldModelConfig, train_world_model, velocity_loss
+from prophet_gym.world_model.prophet import ProphetWorldModel
+from prophet_gym.world_model.video_vae import FoldedVideoVAE
+
+SPEC = ACTION_SPECS["tabletop"]
+TINY_LOOP = LoopConfig(
+    steps=6, batch_size=2, warmup_steps=1, ema_decay=0.5, log_every=2, save_every=2, eval_every=0, mixed_precision="no"
+)
+
+
+def square_episode(index: int, steps: int = 24) -> Episode:
+    """A white square that follows the commands, seen from above."""
+    rng = np.random.default_rng(index)
+    view = np.array([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0.8], [0, 0, 0, 1]])
+    camera = Camera(np.array([[90.0, 0, 31.5], [0, 90, 31.5], [0, 0, 1]]), view, 64, 64)
+    actions = np.zeros((steps, 7), np.float32)
+    actions[:, :2] = rng.uniform(-0.03, 0.03, (steps, 2))
+    actions[:, 6] = 1.0
+    start = np.eye(4)
+    start[:3, 3] = 0, 0, 0.1
+    path = np.concatenate([start[None, None], integrate_poses(start[None], SPEC.to_canonical(actions), SPEC)])
+    pixels = 31.5 + 90 * path[:, 0, :2, 3] * [1, -1] / 0.7
+    frames = np.full((steps + 1, 64, 64, 3), 90, np.uint8)
+    for t, (u, v) in enumerate(pixels.round().astype(int)):
+        frames[t, v - 4 : v + 5, u - 4 : u + 5] = 250
+    return Episode(
+        images=frames,
+        actions=actions,
+        action_spec=SPEC,
+        instruction="move",
+        fps=10.0,
+        camera=camera,
+        eef_pose=path,
+        gripper=np.ones((steps + 1, 1)),
+        labels={"block_px": pixels},
+        name=f"episode_{index}",
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for i in range(3):
+        write_episode(root / f"episode_{i}", square_episode(i))
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codec") / "run" / "vae"
+    torch.manual_seed(0)
+    FoldedVideoVAE(latent_channels=8, channels=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, vae_folder: Path, tmp_path: Path) -> WorldModelConfig:
+    return WorldModelConfig(
+        data=data,
+        vae=vae_folder,
+        run=tmp_path / "run",
+        cache=tmp_path / "cache",
+        num_attention_heads=1,
+        num_layers=1,
+        adaln_lora_dim=4,
+        loop=TINY_LOOP,
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    return {**saved["model"], **{f"ema {i}": p for i, p in enumerate(saved["ema"]["shadow_params"])}}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_codec_learns_and_is_saved_with_its_statistics(data: Path, tmp_path: Path) -> None:
+    loop = replace(TINY_LOOP, steps=40, batch_size=3, learning_rate=5e-3, decay_fraction=0.2)
+    run = tmp_path / "vae"
+    metrics = train_vae(
+        VAEConfig(data=data, validation=data, run=run, cache=tmp_path / "c", latent_channels=4, channels=16, loop=loop)
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert metrics["validation_psnr"] > 10
+    codec = FoldedVideoVAE.from_pretrained(run / "vae")
+    assert len(codec.config.latents_mean) == len(codec.config.latents_std) == 4
+    assert list((run / "pictures").glob("*.png"))
+
+
+def test_world_model_run_leaves_a_loadable_checkpoint(config: WorldModelConfig) -> None:
+    seen = []
+    train_world_model(config, evaluate=lambda world, step: seen.append(step) or {"score": 1.0})
+    world = ProphetWorldModel.from_pretrained(config.run / "prophet")
+    episode = square_episode(0)
+    frames, _ = world.predict(world.begin([episode.snapshot(0)], [0]), episode.canonical_actions[None, :8])
+    assert frames.shape == (1, 8, 64, 64, 3)
+    assert seen == [6]
+    assert json.loads((config.run / "config.json").read_text())["loop"]["steps"] == 6
+
+
+def test_resumed_run_has_the_same_bits(config: WorldModelConfig, tmp_path: Path) -> None:
+    train_world_model(config)
+    halves = replace(config, run=tmp_path / "halves")
+
+    class Stop(Exception):
+        pass
+
+    def stop(world: ProphetWorldModel, step: int) -> dict[str, float]:
+        raise Stop
+
+    # An evaluation that fails at step 4 stands for any crash: the checkpoint of step 4 is there.
+    interrupted = replace(halves, loop=replace(TINY_LOOP, eval_every=4))
+    with pytest.raises(Stop):
+        train_world_model(interrupted, evaluate=stop)
+    assert torch.load(halves.run / "checkpoints" / "last.pt", weights_only=True)["step"] == 4
+    train_world_model(replace(interrupted, resume=True))
+    assert_same(weights(halves.run), weights(config.run))
+
+
+def test_killed_run_resumes(config: WorldModelConfig, tmp_path: Path) -> None:
+    """SIGKILL in mid-run, then --resume, through the command line."""
+    run = tmp_path / "killed"
+    command = [
+        *(sys.executable, "-m", "prophet_gym.cli", "train", "world-model-smoke"),
+        *("--data", str(config.data), "--vae", str(config.vae), "--run", str(run), "--cache", str(tmp_path / "c")),
+        *("--num-attention-heads", "1", "--num-layers", "1", "--batch-size", "2", "--save-every", "2"),
+    ]
+    checkpoint = run / "checkpoints" / "last.pt"
+    process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    stored = json.loads((run / "config.json").read_text())
+    stored["loop"]["steps"] = step + 2  # a shorter run, so that the test ends: the stored settings must agree
+    (run / "config.json").write_text(json.dumps(stored))
+    done = subprocess.run([*command, "--steps", str(step + 2), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.load(checkpoint, weights_only=True)["step"] == step + 2
+    ProphetWorldModel.from_pretrained(run / "prophet")
+
+
+def test_runs_are_not_overwritten(config: WorldModelConfig) -> None:
+    train_world_model(config)
+    with pytest.raises(ValueError, match="--resume"):
+        train_world_model(config)
+    with pytest.raises(ValueError, match="differs"):
+        train_world_model(replace(config, motion_weight=2.0, resume=True))
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train_world_model(replace(config, run=config.run.parent / "new", resume=True))
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(
+    config: WorldModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prophet_gym.training import world_model
+
+    def poisoned(model, transformer, batch, cfg, step):
+        loss, numbers = velocity_loss(model, transformer, batch, cfg, step)
+        return (loss * float("nan") if step == 3 else loss), numbers
+
+    monkeypatch.setattr(world_model, "velocity_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train_world_model(config)
+    assert torch.load(config.run / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_batches_depend_on_the_step_alone_and_history_is_as_in_rollout(
+    config: WorldModelConfig, tmp_path: Path
+) -> None:
+    clips = load_clips(config.data, tmp_path / "clips")
+    vae = FoldedVideoVAE.from_pretrained(config.vae)
+    latents = encode_clips(vae, clips, tmp_path / "latents")
+    sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
+    first, again = sampler(7, 4), sampler(7, 4)
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.actions, again.actions)
+
+    batch = sampler.gather(np.array([1]), np.array([4]), 10, np.array([2]))
+    frames = torch.from_numpy(clips.frames[1].copy())
+    assert batch.latents.shape[2] == 1 + 3
+    clip = torch.cat([frames[4:15], frames[14:15].repeat(2, 1, 1, 1)])[None]
+    video = (clip.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(batch.latents, vae.encode(video), atol=0.05, rtol=0.01)  # bf16 encoding, fp16 store
+        past = torch.cat([frames[:1].repeat(58, 1, 1, 1), frames[1:3]])[None]  # frames ..., 0, 0, 1, 2 before 2 waiting
+        history = vae.encode((past.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)[:, :, [0, *range(60)]])[:, :, 1:]
+        torch.testing.assert_close(batch.history, history, atol=0.05, rtol=0.01)
+    padded = batch.actions[0, 10:, 0]
+    assert (padded[:, :6] == 0).all() and (padded[:, 6] == -1).all()
+
+
+def test_bad_data(config: WorldModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"):
+        train_world_model(replace(config, data=tmp_path / "absent"))
+    write_episode(tmp_path / "short" / "episode_0", square_episode(0, steps=12))
+    with pytest.raises(ValueError, match="12 commands"):
+        train_world_model(replace(config, data=tmp_path / "short", cache=tmp_path / "short cache"))
+    with pytest.raises(ValueError, match="steps=0"):
+        LoopConfig(steps=0)
+
+
+def test_learning_rate_trapezoid() -> None:
+    loop = LoopConfig(steps=100, warmup_steps=10, decay_fraction=0.2)
+    assert loop.learning_rate_factor(0) == pytest.approx(0.1)
+    assert loop.learning_rate_factor(50) == 1.0
+    assert loop.learning_rate_factor(90) == pytest.approx(0.5)
