@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+from prophet_gym.actions import integrate_poses
 from prophet_gym.registration import WORLDS, resolve_checkpoint
 from prophet_gym.snapshot import SnapshotSet
 from prophet_gym.world_model.codec import VideoCodec
@@ -106,8 +107,6 @@ def naive_chunk(
     world: ProphetWorldModel, state: RolloutState, history: torch.Tensor, commands: np.ndarray
 ) -> np.ndarray:
     """One chunk the naive way; ``history`` (B, T_h, H, W, 3) uint8 are the last frames in pixels."""
-    from prophet_gym.actions import integrate_poses
-
     latents = world.codec.encode(torch.cat([history[:, :1], history], dim=1))[:, :, 1:]
     start = world.codec.encode(state.frames[:, None])
     poses = integrate_poses(state.poses.numpy(), commands, world.action_spec)
@@ -170,7 +169,7 @@ def measure(config: Config) -> dict:
 
 
 def against_horizon(world: ProphetWorldModel, snapshot: object, config: Config, rng: np.random.Generator) -> dict:
-    """Milliseconds of each chunk of one long rollout, bytes of its state, and the process's peak memory before and after."""
+    """Milliseconds of each chunk of one long rollout, bytes of its state, growth of the process's peak memory."""
     state = world.begin([snapshot], [0])
     commands = random_commands(world, 1, rng)
     world.predict(state, commands)

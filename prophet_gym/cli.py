@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,50 +124,67 @@ def evaluate(
     print(f"written to {out}")
 
 
-def judge_train(config: JudgeTrainingConfig, checkpoint: str = "tabletop") -> None:
+@dataclass(frozen=True)
+class JudgeTraining(JudgeTrainingConfig):
     """Train the success classifier on real frames and on a world model's frames of the same actions.
 
-    Args:
-        config: data, output and hyper-parameters.
-        checkpoint: the world model; "none" trains on real frames alone.
+    Attributes:
+        checkpoint: the world model, a folder or a packaged name; "none" trains on real frames alone.
     """
-    _, metrics = train_judge(config, None if checkpoint == "none" else _load(checkpoint))
-    print(json.dumps(metrics, indent=1))
+
+    checkpoint: str = "tabletop"
 
 
-def judge_eval(
-    data: Positional[Path],
-    judge: Path | None = None,
-    checkpoint: str = "tabletop",
-    episodes: int = 400,
-    chunk_length: int | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-) -> None:
+@dataclass(frozen=True)
+class JudgeEvaluation:
     """Precision, recall, FPR and AUC of a judge on real frames and on imagined frames of the same actions.
 
-    Args:
+    Attributes:
         data: folder of held-out episodes with simulator labels.
         judge: folder of the judge; the checkpoint's by default.
-        checkpoint: the world model that imagines.
+        checkpoint: the world model that imagines, a folder or a packaged name.
         episodes: how many, from the first.
         chunk_length: commands of a prediction; the model's maximum by default.
         seed: of the imagination.
         out: JSON file for the figures.
     """
-    held_out = EpisodeFolder(data)[:episodes]
-    folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint)
-    classifier = ClassifierJudge.from_pretrained(judge or folder / "judge")
-    frames = imagine(_load(checkpoint), held_out, chunk_length=chunk_length, seed=seed, progress=True)
+
+    data: Path
+    judge: Path | None = None
+    checkpoint: str = "tabletop"
+    episodes: int = 400
+    chunk_length: int | None = None
+    seed: int = 0
+    out: Path | None = None
+
+
+def judge(
+    what: Annotated[JudgeTraining, subcommand("train")] | Annotated[JudgeEvaluation, subcommand("eval")],
+) -> None:
+    """Train a success classifier, or measure one against the simulator's truth.
+
+    Args:
+        what: training or evaluation.
+    """
+    if isinstance(what, JudgeTraining):
+        _, metrics = train_judge(what, None if what.checkpoint == "none" else _load(what.checkpoint))
+        print(json.dumps(metrics, indent=1))
+        return
+    held_out = EpisodeFolder(what.data)[: what.episodes]
+    folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], what.checkpoint)
+    classifier = ClassifierJudge.from_pretrained(what.judge or folder / "judge")
+    frames = imagine(
+        _load(what.checkpoint), held_out, chunk_length=what.chunk_length, seed=what.seed, progress=sys.stderr.isatty()
+    )
     reports = {
         "real": evaluate_judge(classifier, labelled_rollouts(held_out)),
         "imagined": evaluate_judge(classifier, labelled_rollouts(held_out, frames)),
     }
     for source, report in reports.items():
         print(f"\n{source} frames\n{format_calibration(report)}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(reports, indent=1) + "\n")
+    if what.out is not None:
+        what.out.parent.mkdir(parents=True, exist_ok=True)
+        what.out.write_text(json.dumps(reports, indent=1) + "\n")
 
 
 def demo(config: DemoConfig) -> None:
@@ -184,8 +202,7 @@ COMMANDS = {
     "record": record,
     "train": train,
     "eval": evaluate,
-    "judge-train": judge_train,
-    "judge-eval": judge_eval,
+    "judge": judge,
 }
 
 

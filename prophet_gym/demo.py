@@ -98,7 +98,7 @@ def summarise(result: dict, verdicts: dict, config: DemoConfig, seconds: float) 
     return "\n".join(
         [
             "",
-            f"{result['protocol']['num_episodes']} episodes of {horizon} imagined frames, open loop, in {seconds:.0f} s",
+            f"{len(result['episodes'])} episodes of {horizon} imagined frames, open loop, in {seconds:.0f} s",
             f"  {'':<34}{'Prophet':>12}{'last frame':>12}{'shuffled':>12}",
             row("PSNR in dB (higher is better)", "psnr", 2),
             row("flow end-point error in px (lower)", "epe_mean", 3),
@@ -107,6 +107,8 @@ def summarise(result: dict, verdicts: dict, config: DemoConfig, seconds: float) 
             f"lost {share('block_lost')}",
             f"  judge on imagined frames against the simulator's truth: precision {rate('precision')}, "
             f"recall {rate('recall')} ({verdicts['successes']} successes)",
-            f"pictures: {config.out / 'strips.png'}, video: {config.out / 'rollouts.mp4'}, tables: {config.out / 'report.md'}",
+            f"pictures: {config.out / 'strips.png'}",
+            f"video:    {config.out / 'rollouts.mp4'}",
+            f"tables:   {config.out / 'report.md'}",
         ]
     )

@@ -113,7 +113,7 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
 
 @dataclass(frozen=True, eq=False)
 class LatentArrays:
-    """Latents of all clips on a grid of start times 0, 2, 4, ... (time has no parity, so a stride of two loses nothing).
+    """Latents of all clips at start times 0, 2, 4, ...; dynamics know no parity, so a stride of two loses nothing.
 
     Attributes:
         single: latents of one frame repeated, at frame 2 i: (E, T // 2 + 1, z, h, w) float16.

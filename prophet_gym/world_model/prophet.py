@@ -179,7 +179,7 @@ class ProphetWorldModel:
             )
         if self.requires_camera and snapshot.camera is None:
             raise ValueError(
-                f"snapshot {index}: no camera, but this model draws action frames: give Snapshot(camera=Camera(K, E, ...))"
+                f"snapshot {index}: no camera, but this model draws action frames: give Snapshot(camera=...)"
             )
 
     @torch.no_grad()
@@ -319,7 +319,7 @@ class ProphetWorldModel:
         return history, tail, count
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``prophet.json``, ``transformer/`` and ``vae/`` (safetensors); the JSON comes last, so that a folder that has it is whole."""
+        """Write ``transformer/`` and ``vae/`` (safetensors), then ``prophet.json``: a folder that has it is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer.save_pretrained(folder / "transformer")
@@ -340,7 +340,7 @@ class ProphetWorldModel:
         folder = Path(folder)
         if not (folder / "prophet.json").is_file():
             raise ValueError(
-                f"{folder}: no prophet.json, so not a Prophet checkpoint; expected a folder of `prophet train`"
+                f"{folder}: no prophet.json, so no Prophet checkpoint; expected a folder of `prophet train`"
             )
         try:
             config = ProphetConfig.from_dict(json.loads((folder / "prophet.json").read_text()))
