@@ -134,7 +134,9 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
     probe = vae.encode(torch.zeros(1, 3, 1, *clips.frames.shape[2:4]))
     shape = (count, len(grid), probe.shape[1], *probe.shape[3:])
     done_file = cache / "latents_done.json"
-    done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
+    stamp = {"shape": list(shape), "latents_mean": list(vae.config.latents_mean or ())}
+    kept = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    done = kept["done"] if {k: kept.get(k) for k in stamp} == stamp else 0  # other clips or another codec: start over
     mode = "r+" if done else "w+"
     arrays = {
         name: np.lib.format.open_memmap(cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=shape)
@@ -153,5 +155,5 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
         if (start // batch) % 20 == 0 or start + batch >= count:
             for array in arrays.values():
                 array.flush()
-            done_file.write_text(json.dumps({"done": min(start + batch, count)}))
+            done_file.write_text(json.dumps({**stamp, "done": min(start + batch, count)}))
     return LatentArrays(**arrays)

@@ -31,7 +31,24 @@ VAE_SMOKE = VAEConfig(
         steps=100, batch_size=4, learning_rate=2e-3, warmup_steps=10, ema_decay=0.9, log_every=10, save_every=50
     ),
 )
-WORLD_MODEL_TINY = WorldModelConfig(data=_DATA, vae=_DATA)
+WORLD_MODEL_TINY = WorldModelConfig(
+    data=_DATA,
+    vae=_DATA,
+    name="prophet-tabletop-tiny",
+    loop=LoopConfig(
+        steps=6500,
+        batch_size=32,
+        learning_rate=1e-3,
+        muon_learning_rate=1e-3,
+        weight_decay=0.01,
+        warmup_steps=100,
+        decay_fraction=0.4,
+        ema_decay=0.998,
+        log_every=25,
+        save_every=250,
+        eval_every=1000,
+    ),
+)
 WORLD_MODEL_SMOKE = WorldModelConfig(
     data=_DATA,
     vae=_DATA,

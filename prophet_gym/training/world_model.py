@@ -81,7 +81,7 @@ class ChunkBatch:
         latents: clean latents (B, z, T, h, w); frame 0 is the start frame.
         history: (B, z, T_hist, h, w), oldest first.
         actions: commands padded to the chunk length, (B, C, N, 7).
-        action_frames: drawn actions (B, 3, 1 + 4 (T - 1), H, W) in [-1, 1], or None.
+        action_frames: drawn actions (B, 3, 1 + 4 (T - 1), h, w) in [-1, 1], for "pooled" their latents, or None.
     """
 
     latents: Tensor
@@ -151,6 +151,9 @@ class ChunkSampler:
             index = np.minimum(starts[:, None] + np.arange(1 + 4 * groups), (starts + length)[:, None])
             drawn = torch.from_numpy(self.clips.drawn[episodes[:, None], index])
             frames = (drawn.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
+        if self.config.action_frames == "pooled":
+            with torch.no_grad():
+                frames = self.vae.encode(frames)
         return ChunkBatch(
             latents,
             torch.from_numpy(history).float().transpose(1, 2),
@@ -237,7 +240,9 @@ def train_world_model(
     if evaluate is None and config.validation is not None:
         evaluate = validator(config)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    clips = load_clips(config.data, cache / "train")
+    # Pooled action frames pass through the codec, which needs them at full size; elsewhere half the side suffices.
+    pooled = config.action_frames == "pooled"
+    clips = load_clips(config.data, cache / ("train-64" if pooled else "train"), drawn_size=64 if pooled else 32)
     vae = FoldedVideoVAE.from_pretrained(config.vae, torch_dtype=torch.float32).eval()
     vae.requires_grad_(False)
     latents = encode_clips(vae, clips, cache / f"latents-{Path(config.vae).parent.name}")
