@@ -7,7 +7,6 @@ about 0.7 s, so the default takes about an hour; finished variants are kept, int
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import tyro
 
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.metrics.evaluate import evaluate_world_model
-from prophet_gym.metrics.report import json_ready
+from prophet_gym.strict_json import to_json
 from prophet_gym.training.loop import LoopConfig
 from prophet_gym.training.world_model import WorldModelConfig, train_world_model
 from prophet_gym.world_model.prophet import ProphetWorldModel
@@ -74,7 +73,7 @@ def run_variant(config: Config, variant: str) -> dict:
             save_every=200, eval_every=0, seed=config.seed,
         ),
     )  # fmt: skip
-    if not (run / "done.json").exists():
+    if not (run / "prophet" / "prophet.json").exists():
         train_world_model(replace(training, resume=(run / "checkpoints" / "last.pt").exists()))
     world = ProphetWorldModel.from_pretrained(run / "prophet")
     held_out = EpisodeFolder(config.validation)[: config.episodes]
@@ -94,11 +93,9 @@ def main(config: Config) -> None:
             baseline = table["predictors"]["last_frame"]
             rows.append("| last frame repeated | " + " | ".join(cell(baseline[key]) for key in METRICS) + " |")
         rows.append(f"| {label} | " + " | ".join(cell(table["predictors"]["model"][key]) for key in METRICS) + " |")
-    note = (
-        f"\n{config.steps} steps of 32 samples, seed {config.seed}, n = {config.episodes}, 40 frames open loop.\n"
-    )
+    note = f"\n{config.steps} steps of 32 samples, seed {config.seed}, n = {config.episodes}, 40 frames open loop.\n"
     (config.out / "conditioning.md").write_text("\n".join(rows) + "\n" + note)
-    (config.out / "conditioning.json").write_text(json.dumps(json_ready(figures), indent=1) + "\n")
+    (config.out / "conditioning.json").write_text(to_json(figures))
     print((config.out / "conditioning.md").read_text())
 
 

@@ -8,7 +8,6 @@ Writes a table to the terminal and everything to a JSON file.
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import time
@@ -24,6 +23,7 @@ import tyro
 from prophet_gym.actions import integrate_poses
 from prophet_gym.registration import WORLDS, resolve_checkpoint
 from prophet_gym.snapshot import SnapshotSet
+from prophet_gym.strict_json import to_json
 from prophet_gym.world_model.codec import VideoCodec
 from prophet_gym.world_model.prophet import ProphetWorldModel
 from prophet_gym.world_model.sampler import integrate, karras_schedule, slot_noise
@@ -213,7 +213,7 @@ def main(config: Config) -> None:
     result = measure(config)
     print(table(result))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    config.out.write_text(to_json(result))
     print(f"written to {config.out}")
 
 

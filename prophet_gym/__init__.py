@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .action_frames import Camera
     from .actions import ACTION_SPECS, ActionSpec
     from .checker import check_world_env
+    from .checker_judge import check_judge
     from .data.episode import Episode
     from .data.folder import EpisodeFolder
     from .env import ProphetEnv
@@ -41,6 +42,7 @@ _HOMES = {
     "Verdict": "judges.base",
     "WorldModel": "world_model.state",
     "as_judge": "judges.base",
+    "check_judge": "checker_judge",
     "check_world_env": "checker",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "WORLDS",
     "WorldModel",
     "as_judge",
+    "check_judge",
     "check_world_env",
 ]
 

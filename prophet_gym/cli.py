@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from .judges.rollouts import labelled_rollouts
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
+from .strict_json import to_json
 from .training.imagine import imagine
 from .training.judge import JudgeTrainingConfig, train_judge
 from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
@@ -53,7 +53,7 @@ def info(checkpoint: Positional[str] = "tabletop") -> None:
         **{f"{name} parameters": f"{sum(p.numel() for p in net.parameters()):,}" for name, net in sizes.items()},
         **world.config.to_dict(),
     }
-    print(json.dumps(rows, indent=1))
+    print(to_json(rows), end="")
 
 
 def record(out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: int = 40, workers: int = 2) -> None:
@@ -79,7 +79,7 @@ def train(what: TrainingRun) -> None:
         what: what to train, and how.
     """
     if isinstance(what, VAEConfig):
-        print(json.dumps(train_vae(what), indent=1))
+        print(to_json(train_vae(what)), end="")
         print(f"codec: {what.run / 'vae'}")
     else:
         train_world_model(what)
@@ -168,7 +168,7 @@ def judge(
     """
     if isinstance(what, JudgeTraining):
         _, metrics = train_judge(what, None if what.checkpoint == "none" else _load(what.checkpoint))
-        print(json.dumps(metrics, indent=1))
+        print(to_json(metrics), end="")
         return
     held_out = EpisodeFolder(what.data)[: what.episodes]
     folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], what.checkpoint)
@@ -184,7 +184,7 @@ def judge(
         print(f"\n{source} frames\n{format_calibration(report)}")
     if what.out is not None:
         what.out.parent.mkdir(parents=True, exist_ok=True)
-        what.out.write_text(json.dumps(reports, indent=1) + "\n")
+        what.out.write_text(to_json(reports))
 
 
 def demo(config: DemoConfig) -> None:

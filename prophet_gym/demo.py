@@ -6,7 +6,7 @@ writes metrics, verdicts against the truth, a picture and a video.
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from .judges.classifier import ClassifierJudge
 from .judges.rollouts import labelled_rollouts
 from .metrics.evaluate import evaluate_world_model
 from .registration import WORLDS, resolve_checkpoint
+from .strict_json import to_json
 from .training.imagine import imagine
 from .world_model.prophet import ProphetWorldModel
 
@@ -72,7 +73,7 @@ def run_demo(config: DemoConfig) -> str:
     result = evaluate_world_model(world, episodes, out=config.out, seed=config.seed, progress=True)
     imagined = imagine(world, episodes, seed=config.seed)
     verdicts = evaluate_judge(judge, labelled_rollouts(episodes, imagined))
-    (config.out / "verdicts.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+    (config.out / "verdicts.json").write_text(to_json(verdicts))
     seconds = time.perf_counter() - began
     summary = summarise(result, verdicts, config, seconds)
     (config.out / "summary.txt").write_text(summary + "\n")
@@ -85,15 +86,12 @@ def summarise(result: dict, verdicts: dict, config: DemoConfig, seconds: float) 
     tables = result["groups"]["all"]["horizons"][horizon]
     model, last, shuffled = (tables["predictors"][k] for k in ("model", "last_frame", "shuffled_actions"))
 
+    def show(figure: dict, spec: str) -> str:
+        value = figure["value"]
+        return "n/a" if value is None or math.isnan(value) else format(value, spec)
+
     def row(name: str, key: str, digits: int) -> str:
-        return f"  {name:<34}" + "".join(f"{r[key]['value']:>12.{digits}f}" for r in (model, last, shuffled))
-
-    def share(key: str) -> str:
-        return "n/a" if model[key]["value"] is None else f"{100 * model[key]['value']:.0f} %"
-
-    def rate(key: str) -> str:
-        value = verdicts[key]["value"]
-        return "n/a" if value is None else f"{value:.2f}"
+        return f"  {name:<34}" + "".join(f"{show(r[key], f'.{digits}f'):>12}" for r in (model, last, shuffled))
 
     return "\n".join(
         [
@@ -103,10 +101,11 @@ def summarise(result: dict, verdicts: dict, config: DemoConfig, seconds: float) 
             row("PSNR in dB (higher is better)", "psnr", 2),
             row("flow end-point error in px (lower)", "epe_mean", 3),
             row("flow cosine (higher)", "cos_mean", 3),
-            f"  where the block moved: within 3 px of the truth at the end {share('block_within')}, "
-            f"lost {share('block_lost')}",
-            f"  judge on imagined frames against the simulator's truth: precision {rate('precision')}, "
-            f"recall {rate('recall')} ({verdicts['successes']} successes)",
+            f"  where the block moved: within 3 px of the truth at the end {show(model['block_within'], '.0%')}, "
+            f"lost {show(model['block_lost'], '.0%')}",
+            "  judge on imagined frames against the simulator's truth: "
+            f"precision {show(verdicts['precision'], '.2f')}, recall {show(verdicts['recall'], '.2f')} "
+            f"({verdicts['successes']} successes)",
             f"pictures: {config.out / 'strips.png'}",
             f"video:    {config.out / 'rollouts.mp4'}",
             f"tables:   {config.out / 'report.md'}",

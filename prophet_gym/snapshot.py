@@ -86,8 +86,11 @@ class Snapshot:
                 f"{image.shape[0]}; use camera.resized(width, height)"
             )
         state = self.simulator_state
-        if state is not None and np.asarray(state).ndim != 1:
-            raise ValueError(f"snapshot simulator_state has shape {np.asarray(state).shape}; expected a flat vector")
+        if state is not None and (np.ndim(state) != 1 or not np.isfinite(state).all()):
+            raise ValueError(
+                f"snapshot simulator_state has shape {np.shape(state)}, all finite: {np.isfinite(state).all()}; "
+                "expected a flat vector of finite numbers"
+            )
         object.__setattr__(self, "image", _frozen(image, np.uint8))
         object.__setattr__(self, "eef_pose", _frozen(pose, np.float64))
         object.__setattr__(self, "gripper", _frozen(gripper, np.float64))
@@ -161,7 +164,7 @@ class SnapshotSet(Sequence[Snapshot]):
                         "simulator_state": None if state is None else state.tolist(),
                     }
                 )
-            text = json.dumps({"format": _FORMAT, "snapshots": entries}, indent=1)
+            text = json.dumps({"format": _FORMAT, "snapshots": entries}, indent=1, allow_nan=False)
             (target / _INDEX).write_text(text, encoding="utf-8")
 
     @classmethod

@@ -70,7 +70,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_effectors=1,
         scalar_hidden_dim=32,
         action_frames="spatial",
-        memory_strides=((1, 2, 2), (1, 3, 3)),
+        memory_levels=((0, 2, 1, 2, 2), (0, 2, 1, 3, 3)),
+        memory_gate=1.0,
     )
     with torch.no_grad():  # zero-initialised gates would make every chunk ignore its actions
         for parameter in transformer.parameters():

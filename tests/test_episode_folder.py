@@ -95,8 +95,8 @@ def test_writing_is_atomic_and_refuses_to_overwrite(tmp_path):
     write_episode(tmp_path / "a", make_episode(3))
     with pytest.raises(ValueError, match="exists already.*overwrite=True"):
         write_episode(tmp_path / "a", make_episode(4))
-    with pytest.raises(TypeError, match="JSON"):  # fails half way: neither the old is hurt nor a new one begun
-        write_episode(tmp_path / "a", make_episode(4, metadata={"x": object()}), overwrite=True)
+    with pytest.raises(ValueError, match="even sizes"):  # fails half way: neither the old is hurt nor a new one begun
+        write_episode(tmp_path / "a", make_episode(4, (17, 33)), overwrite=True, lossless=False)
     assert len(read_episode(tmp_path / "a")) == 3
     write_episode(tmp_path / "a", make_episode(4), overwrite=True)
     assert len(read_episode(tmp_path / "a")) == 4
@@ -328,3 +328,12 @@ def test_recorded_episode_can_be_rewritten_in_our_layout(recordings, tmp_path):
     np.testing.assert_array_equal(again.eef_pose, episode.eef_pose)
     assert again.metadata == episode.metadata and again.instruction == episode.instruction
     assert again.snapshot(3).num_effectors == 1
+
+
+def test_metadata_that_is_no_json_is_refused(tmp_path):
+    broken = make_episode(metadata={"distance": float("nan")})
+    with pytest.raises(ValueError, match=r"metadata \{'distance': nan\}.*expected strings, finite numbers"):
+        write_episode(tmp_path / "nan", broken)
+    with pytest.raises(ValueError, match="object is not JSON serializable"):
+        write_episode(tmp_path / "object", make_episode(metadata={"x": object()}))
+    assert not list(tmp_path.iterdir())

@@ -40,7 +40,7 @@ def test_clean_expert_succeeds_in_time(sim):
 def test_success_rates_of_expert_and_half_good(sim):
     rates = {}
     for behaviour in ("expert", "half_good"):
-        configs = [sample_config(behaviour, np.random.default_rng(seed)) for seed in range(200)]
+        configs = [sample_config(behaviour, np.random.default_rng(seed)) for seed in range(100)]
         rates[behaviour] = np.mean([play(sim, config, 6000 + seed)[0] for seed, config in enumerate(configs)])
     assert rates["expert"] >= 0.95
     assert 0.3 < rates["half_good"] < 0.6

@@ -59,6 +59,7 @@ def assert_equal(a: Snapshot, b: Snapshot) -> None:
         ({"gripper": np.zeros(2)}, r"gripper \(2,\)"),
         ({"camera": Camera(np.eye(3), np.eye(4), 64, 64)}, "camera is 64x64 pixels but the image 16x12"),
         ({"simulator_state": np.zeros((2, 2))}, r"simulator_state has shape \(2, 2\)"),
+        ({"simulator_state": np.array([0.0, np.nan])}, "finite: False; expected a flat vector of finite"),
     ],
 )
 def test_bad_fields_are_refused(changes, message):

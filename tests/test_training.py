@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
@@ -20,7 +22,9 @@ from prophet_gym.training.clips import encode_clips, load_clips
 from prophet_gym.training.loop import LoopConfig
 from prophet_gym.training.vae import VAEConfig, train_vae
 from prophet_gym.training.world_model import ChunkSampler, WorldModelConfig, train_world_model, velocity_loss
-from prophet_gym.world_model.prophet import ProphetWorldModel
+from prophet_gym.world_model.presets import preset
+from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
+from prophet_gym.world_model.transformer import ProphetTransformer
 from prophet_gym.world_model.video_vae import FoldedVideoVAE
 
 SPEC = ACTION_SPECS["tabletop"]
@@ -74,6 +78,13 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps the first precision of a process; runs of this file differ in it."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture
 def config(data: Path, vae_folder: Path, tmp_path: Path) -> WorldModelConfig:
     return WorldModelConfig(
@@ -125,7 +136,10 @@ def test_world_model_run_leaves_a_loadable_checkpoint(config: WorldModelConfig) 
     assert json.loads((config.run / "config.json").read_text())["loop"]["steps"] == 6
 
 
-def test_resumed_run_has_the_same_bits(config: WorldModelConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("muon", "precision"), [(0.0, "no"), (1e-3, "bf16")])
+def test_resumed_run_has_the_same_bits(config: WorldModelConfig, tmp_path: Path, muon: float, precision: str) -> None:
+    loop = replace(TINY_LOOP, muon_learning_rate=muon, mixed_precision=precision)
+    config = replace(config, loop=loop)
     train_world_model(config)
     halves = replace(config, run=tmp_path / "halves")
 
@@ -136,7 +150,7 @@ def test_resumed_run_has_the_same_bits(config: WorldModelConfig, tmp_path: Path)
         raise Stop
 
     # An evaluation that fails at step 4 stands for any crash: the checkpoint of step 4 is there.
-    interrupted = replace(halves, loop=replace(TINY_LOOP, eval_every=4))
+    interrupted = replace(halves, loop=replace(loop, eval_every=4))
     with pytest.raises(Stop):
         train_world_model(interrupted, evaluate=stop)
     assert torch.load(halves.run / "checkpoints" / "last.pt", weights_only=True)["step"] == 4
@@ -198,23 +212,36 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
 def test_batches_depend_on_the_step_alone_and_history_is_as_in_rollout(
     config: WorldModelConfig, tmp_path: Path
 ) -> None:
-    clips = load_clips(config.data, tmp_path / "clips")
+    clips = load_clips(config.data, tmp_path / "clips", drawn_size=(32, 32))
     vae = FoldedVideoVAE.from_pretrained(config.vae)
     latents = encode_clips(vae, clips, tmp_path / "latents")
     sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
     first, again = sampler(7, 4), sampler(7, 4)
     assert torch.equal(first.latents, again.latents) and torch.equal(first.actions, again.actions)
 
-    batch = sampler.gather(np.array([1]), np.array([4]), 10, np.array([2]))
+    batch = sampler.gather(np.array([1]), np.array([8]), 10, np.array([2]), np.array([1]))
     frames = torch.from_numpy(clips.frames[1].copy())
     assert batch.latents.shape[2] == 1 + 3
-    clip = torch.cat([frames[4:15], frames[14:15].repeat(2, 1, 1, 1)])[None]
+    clip = torch.cat([frames[8:19], frames[18:19].repeat(2, 1, 1, 1)])[None]
     video = (clip.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
     with torch.no_grad():
         torch.testing.assert_close(batch.latents, vae.encode(video), atol=0.05, rtol=0.01)  # bf16 encoding, fp16 store
-        past = torch.cat([frames[:1].repeat(58, 1, 1, 1), frames[1:3]])[None]  # frames ..., 0, 0, 1, 2 before 2 waiting
+        # A rollout that began at frame 2: one complete group, frames 3 to 6, and frames 7 and 8 waiting.
+        past = torch.cat([frames[2:3].repeat(56, 1, 1, 1), frames[3:7]])[None]
         history = vae.encode((past.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)[:, :, [0, *range(60)]])[:, :, 1:]
         torch.testing.assert_close(batch.history, history, atol=0.05, rtol=0.01)
+    world = ProphetWorldModel(
+        ProphetTransformer(**preset("tiny", latent_channels=8, num_layers=1)), vae, ProphetConfig(action_spec=SPEC)
+    )
+    episode = square_episode(1)
+    state = world.begin([episode.snapshot(8)], [0])
+    poses = integrate_poses(episode.eef_pose[8], episode.canonical_actions[8:18], SPEC)[None]
+    padded, drawn = world.chunk_inputs(
+        torch.zeros(1), episode.canonical_actions[None, 8:18], poses, replace(state, poses=state.poses)
+    )
+    assert torch.equal(padded, batch.actions)
+    small = F.avg_pool2d(drawn[0].transpose(0, 1), 2).transpose(0, 1)[None]
+    torch.testing.assert_close(batch.action_frames, small, atol=1.5 / 127.5, rtol=0)
     padded = batch.actions[0, 10:, 0]
     assert (padded[:, :6] == 0).all() and (padded[:, 6] == -1).all()
 
@@ -225,6 +252,13 @@ def test_bad_data(config: WorldModelConfig, tmp_path: Path) -> None:
     write_episode(tmp_path / "short" / "episode_0", square_episode(0, steps=12))
     with pytest.raises(ValueError, match="12 commands"):
         train_world_model(replace(config, data=tmp_path / "short", cache=tmp_path / "short cache"))
+    (tmp_path / "blind").mkdir()
+    blind = replace(square_episode(0), camera=None)
+    write_episode(tmp_path / "blind" / "episode_0", blind)
+    with pytest.raises(ValueError, match="no camera"):
+        train_world_model(replace(config, data=tmp_path / "blind", cache=tmp_path / "blind cache"))
+    with pytest.raises(ValueError, match="sideways"):
+        replace(config, action_frames="sideways")
     with pytest.raises(ValueError, match="steps=0"):
         LoopConfig(steps=0)
 
@@ -234,3 +268,12 @@ def test_learning_rate_trapezoid() -> None:
     assert loop.learning_rate_factor(0) == pytest.approx(0.1)
     assert loop.learning_rate_factor(50) == 1.0
     assert loop.learning_rate_factor(90) == pytest.approx(0.5)
+
+
+def test_recorded_anew_data_is_decoded_anew(data: Path, vae_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_episode(root / "episode_0", square_episode(0))
+    first = load_clips(root, tmp_path / "cache").actions.copy()
+    write_episode(root / "episode_0", square_episode(7), overwrite=True)
+    second = load_clips(root, tmp_path / "cache")
+    assert not np.array_equal(first, second.actions)

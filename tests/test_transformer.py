@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers import transformer_cosmos
 
+from prophet_gym.world_model.conditioning import SpatialActionFrames
+from prophet_gym.world_model.memory import HistoryMemory
 from prophet_gym.world_model.presets import PRESETS, preset
 from prophet_gym.world_model.transformer import ProphetTransformer
 
@@ -19,7 +21,8 @@ SMALL = {
     "adaln_lora_dim": 8,
     "max_size": (8, 16, 16),
     "scalar_hidden_dim": 16,
-    "memory_strides": ((1, 2, 2), (5, 4, 4)),
+    "memory_levels": ((0, 1, 1, 2, 2), (0, 15, 5, 4, 4)),
+    "memory_gate": 1.0,
 }
 
 
@@ -77,7 +80,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> transformer_cosmos.CosmosTransform
 
 @pytest.mark.parametrize("action_frames", ["none", "pooled", "spatial"])
 def test_initialisation_is_the_stock_backbone(stock, action_frames: str) -> None:
-    ours = ProphetTransformer(**SMALL, action_frames=action_frames).eval()
+    closed = {k: v for k, v in SMALL.items() if k != "memory_gate"}  # the default
+    ours = ProphetTransformer(**closed, action_frames=action_frames).eval()
     missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected
     assert all(k.startswith(("scalar_actions", "action_frame_stream", "memory")) for k in missing)
@@ -90,10 +94,12 @@ def test_initialisation_is_the_stock_backbone(stock, action_frames: str) -> None
         padding_mask=torch.zeros(1, 1, 32, 32),
         return_dict=False,
     )[0]
-    ours.memory_gate.zero_()
     torch.testing.assert_close(run(ours, data), theirs, atol=1e-5, rtol=1e-5)
-    ours.memory_gate.fill_(1.0)
-    assert (run(ours, data) - theirs).abs().max() > 1e-3, "the open gate lets the memory in"
+    difference = []
+    for gate in (0.5, 1.0):
+        ours.register_to_config(memory_gate=gate)
+        difference.append((run(ours, data) - theirs).abs().max())
+    assert difference[1] > difference[0] > 1e-3, "the open gate lets the memory in"
 
 
 def test_zero_text_equals_no_text() -> None:
@@ -166,6 +172,30 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     run(model, data).square().mean().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, plain[name])
+
+
+def test_spatial_action_frames_touch_their_own_token_alone() -> None:
+    stream = SpatialActionFrames(cells=2, temporal_stride=4, patch_size=(1, 2, 2), dim=6)
+    torch.nn.init.normal_(stream.proj.weight)
+    frames = torch.zeros(1, 3, 9, 32, 48)
+    dark = stream(frames, (4, 6))
+    frames[0, :, 6, 17, 33] = 1.0  # frame 6 is in the second group of four, pixel (17, 33) in token row 1, column 2
+    lit = (stream(frames, (4, 6)) != dark).any(-1)
+    assert lit.nonzero().tolist() == [[0, 2, 1, 2]]
+    with pytest.raises(ValueError, match="multiple"):
+        stream(frames[..., :30], (4, 6))
+
+
+def test_memory_has_the_planned_tokens_and_drops_nothing() -> None:
+    levels = ((0, 1, 1, 2, 2), (1, 2, 1, 4, 4), (2, 15, 1, 8, 8))
+    memory = HistoryMemory(4, levels, dim=12, num_heads=2)
+    assert memory.tokens(torch.zeros(1, 4, 15, 32, 32)).shape == (1, 528, 12)
+    history = torch.zeros(1, 4, 15, 30, 40)  # 240 x 320 pixels
+    before = memory.tokens(history)
+    history[0, :, 2, 29, 39] = 1.0
+    assert (memory.tokens(history) != before).any(), "the last row and column count"
+    with pytest.raises(ValueError, match="15 latent frames"):
+        memory.check(14)
 
 
 def test_tiny_preset_is_small() -> None:

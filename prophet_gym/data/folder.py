@@ -41,7 +41,8 @@ def write_episode(
         lossless: Keep every pixel. False writes ordinary H.264 (about a tenth of the size; even sizes only).
 
     Raises:
-        ValueError: If the folder exists and `overwrite` is False, or the frames do not fit the actions.
+        ValueError: If the folder exists and `overwrite` is False, the frames do not fit the actions, or the metadata
+            is no JSON (nan is none).
     """
     arrays: dict[str, np.ndarray] = {"action": episode.actions}
     for key in ("eef_pose", "gripper", "simulator_state"):
@@ -64,8 +65,15 @@ def write_episode(
         "camera": None if episode.camera is None else episode.camera.to_dict(),
         "metadata": dict(episode.metadata),
     }
+    try:
+        text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"metadata {dict(episode.metadata)} of episode {episode.name!r} cannot be stored ({error}); expected "
+            "strings, finite numbers, booleans, None, and lists and dicts of them"
+        ) from error
     with atomic_folder(folder, overwrite=overwrite) as target:
-        (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        (target / "meta.json").write_text(text, encoding="utf-8")
         np.savez(target / "data.npz", allow_pickle=False, **arrays)
         write_video(target / f"{_VIEW}.mp4", frames, episode.fps, lossless=lossless)
 

@@ -151,9 +151,9 @@ def _observe(sim: TabletopSim) -> dict[str, np.ndarray]:
         "eef_pose": sim.commanded_pose.copy(),
         "gripper": sim.gripper.copy(),
         "block_px": sim.block_px(),
-        "block_visible": np.int64(sim.block_visible),
+        "block_visible": np.asarray(sim.block_visible, np.int64),
         "block_pos": sim.block_pos,
-        "success": np.bool_(sim.is_success()),
+        "success": np.asarray(sim.is_success(), bool),
     }
 
 

@@ -23,6 +23,7 @@ import torch
 
 from prophet_gym.judges.base import Verdict, check_rollouts
 from prophet_gym.judges.network import SuccessNetwork, encode_instruction, frame_indices
+from prophet_gym.strict_json import to_json
 
 __all__ = ["ClassifierConfig", "ClassifierJudge"]
 
@@ -165,7 +166,7 @@ class ClassifierJudge:
         digest = hashlib.sha256(weights).hexdigest()
         config = {"format": FORMAT, "weights_sha256": digest, **dataclasses.asdict(self.config)}
         _write(folder / WEIGHTS_FILE, weights)
-        _write(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
+        _write(folder / CONFIG_FILE, to_json(config).encode())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> ClassifierJudge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..strict_json import to_json
 from .pictures import Comparison, draw_side_by_side, draw_strips, save_mp4, save_png
 from .scores import BLOCK_TOLERANCE, Bootstrap
 
@@ -123,18 +123,7 @@ def write_report(result: Mapping[str, Any], comparisons: Sequence[Comparison], o
     save_png(out / "strips.png", draw_strips(comparisons))
     save_mp4(out / "rollouts.mp4", draw_side_by_side(comparisons), fps)
     _write(out / "report.md", markdown(result))
-    _write(out / "metrics.json", json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
-
-
-def json_ready(value: Any) -> Any:
-    """Replace what JSON cannot hold: nan and infinity become null, numpy numbers become Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    _write(out / "metrics.json", to_json(result))
 
 
 def _table(rows: Mapping[str, Mapping[str, Mapping[str, float]]], intervals: bool = True) -> list[str]:

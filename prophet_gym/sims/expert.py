@@ -59,7 +59,7 @@ class ExpertConfig:
     fault_step: int = 3
     restless: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.behaviour not in BEHAVIOURS:
             raise ValueError(f"Unknown behaviour {self.behaviour!r}. Choose one of {', '.join(BEHAVIOURS)}.")
         limit = TabletopSim.action_spec.high[0]
@@ -92,8 +92,8 @@ def sample_config(behaviour: str, rng: np.random.Generator) -> ExpertConfig:
         gain=float(rng.uniform(0.75, 1.0)),
         white_noise=float(0.0015 * noise),
         smooth_noise=float(0.0015 * noise),
-        grasp_bias=tuple(float(value) for value in grasp),
-        place_bias=tuple(float(value) for value in place),
+        grasp_bias=(float(grasp[0]), float(grasp[1]), float(grasp[2])),
+        place_bias=(float(place[0]), float(place[1])),
         travel_height=float(rng.uniform(0.095, 0.125)),
         fault_step=int(rng.integers(1, 8)),
         restless=behaviour in FAILURES and bool(rng.random() < 0.6),
@@ -108,7 +108,7 @@ class ScriptedExpert:
         seed: Seed of the command noise.
     """
 
-    def __init__(self, config: ExpertConfig, seed: int = 0):
+    def __init__(self, config: ExpertConfig, seed: int = 0) -> None:
         self.config = config
         self._rng = np.random.default_rng(seed)
         self._phase, self._ticks, self._drift = "start", 0, np.zeros(3)
@@ -277,7 +277,7 @@ class ScriptedExpert:
     def _towards(self, sim: TabletopSim, target: np.ndarray, yaw: float, opening: float) -> np.ndarray:
         config = self.config
         delta = config.gain * (target - sim.commanded_pose[0, :3, 3])
-        length = np.linalg.norm(delta)
+        length = float(np.linalg.norm(delta))
         delta *= min(1.0, config.speed / max(length, 1e-9))
         self._drift = 0.8 * self._drift + 0.6 * self._rng.normal(0.0, config.smooth_noise, 3)
         noise = self._drift + self._rng.normal(0.0, config.white_noise, 3)
@@ -303,4 +303,4 @@ def _command(delta: np.ndarray, turn: Sequence[float], opening: float) -> np.nda
     """(7,) float32 within the bounds of the action spec."""
     spec = TabletopSim.action_spec
     command = np.array([*delta, *turn, opening], np.float32)
-    return np.clip(command, np.float32(spec.low), np.float32(spec.high))
+    return np.clip(command, np.array(spec.low, np.float32), np.array(spec.high, np.float32))

@@ -16,6 +16,7 @@ import os
 import sys
 import weakref
 from functools import cache
+from typing import Any
 
 import cv2
 import mujoco
@@ -80,7 +81,7 @@ def select_backend() -> str:
     )
 
 
-def _make_context(size: int):
+def _make_context(size: int) -> Any:
     backend = select_backend()
     # PyOpenGL binds to one platform per process, at its first import.
     bound = os.environ.get("PYOPENGL_PLATFORM")
@@ -106,7 +107,12 @@ _open_renderers: weakref.WeakSet[OffscreenRenderer] = weakref.WeakSet()
 @cache
 def _close_all_at_exit() -> None:
     """Registered after the first context: exit handlers run in reverse, so before MuJoCo's own ends the display."""
-    atexit.register(lambda: [renderer.close() for renderer in list(_open_renderers)])
+
+    def close_all() -> None:
+        for renderer in list(_open_renderers):
+            renderer.close()
+
+    atexit.register(close_all)
 
 
 class OffscreenRenderer:
@@ -122,7 +128,7 @@ class OffscreenRenderer:
         RenderingUnavailableError: No OpenGL backend works without a screen.
     """
 
-    def __init__(self, model: mujoco.MjModel, camera: str, size: int = 64, supersampling: int = 3):
+    def __init__(self, model: mujoco.MjModel, camera: str, size: int = 64, supersampling: int = 3) -> None:
         self._context = None
         self._model, self._size, self._supersampling = model, size, supersampling
         self._side = size * supersampling
@@ -184,7 +190,7 @@ class OffscreenRenderer:
             self._context.free()
             self._context = None
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.close()
 
     def _draw(self, data: mujoco.MjData, side: int) -> np.ndarray:

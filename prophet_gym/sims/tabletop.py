@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from math import tan
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -134,7 +135,7 @@ class TabletopSim:
 
     action_spec = ACTION_SPECS["tabletop"]
 
-    def __init__(self, render_size: int = 64):
+    def __init__(self, render_size: int = 64) -> None:
         self.model = mujoco.MjModel.from_xml_path(str(files("prophet_gym") / "assets" / "tabletop.xml"))
         self.data = mujoco.MjData(self.model)
         self.render_size = render_size
@@ -344,7 +345,7 @@ class TabletopSim:
         self.model.geom("distractor").rgba[:] = blocks[max(scene.distractor_colour, 0)]
         self.model.body_gravcomp[self.model.body("distractor").id] = float(scene.distractor_colour < 0)
 
-    def _place(self, joint, position: np.ndarray, yaw: float) -> None:
+    def _place(self, joint: Any, position: np.ndarray, yaw: float) -> None:
         start = joint.qposadr[0]
         self.data.qpos[start : start + 3] = position
         self.data.qpos[start + 3 : start + 7] = [np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)]

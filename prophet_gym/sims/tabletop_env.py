@@ -203,7 +203,7 @@ class TabletopEnv(gym.Env):
         return self._frame
 
     def _observe(self) -> dict[str, np.ndarray]:
-        return make_observation(self._frame, self.sim.commanded_pose, self.sim.gripper)
+        return make_observation(self._require_started(), self.sim.commanded_pose, self.sim.gripper)
 
     def _info(self, verdict: Verdict | None) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ Episodes are decoded once into a cache folder of ``.npy`` files and memory-mappe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class ClipArrays:
         drawn: action frames at a reduced size, (E, T + 1, h, w, 3) uint8; None where cameras are missing.
         eventful: (E, T) bool, where a labelled object moved with command t.
         action_spec: conventions the commands came in.
+        content: digest of the files the arrays were made from.
     """
 
     frames: np.ndarray
@@ -39,28 +41,34 @@ class ClipArrays:
     drawn: np.ndarray | None
     eventful: np.ndarray
     action_spec: ActionSpec
+    content: str
 
     def __len__(self) -> int:
         return len(self.frames)
 
 
-def load_clips(root: str | Path, cache: str | Path, *, num_effectors: int = 1, drawn_size: int = 32) -> ClipArrays:
+def load_clips(
+    root: str | Path, cache: str | Path, *, num_effectors: int = 1, drawn_size: tuple[int, int] | None = None
+) -> ClipArrays:
     """Decode the episodes of ``root`` into ``cache`` (once) and open them.
 
     Args:
         root: folder of episodes of equal length and image size.
         cache: folder for the arrays; reused when it was made from the same episodes.
         num_effectors: N that commands are padded to.
-        drawn_size: side of the stored action frames in pixels, an area average of the drawn ones.
+        drawn_size: height and width of the stored action frames in pixels, an area average of the drawn ones; None
+            draws none.
 
     Raises:
-        ValueError: no episodes, or episodes of different lengths, sizes or conventions.
+        ValueError: no episodes, episodes of different lengths, sizes or conventions, or a camera is missing.
     """
     episodes, cache = EpisodeFolder(root), Path(cache)
     if len(episodes) == 0:
         raise ValueError(f"{root}: no episodes; record some with `prophet record`")
     first = episodes[0]
-    stamp = {"root": Path(root).name, "episodes": len(episodes), "n": num_effectors, "drawn_size": drawn_size}
+    if drawn_size and first.camera is None:
+        raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
+    stamp = {"content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
     index = cache / "clips.json"
     if not (index.is_file() and json.loads(index.read_text()) == stamp):
         cache.mkdir(parents=True, exist_ok=True)
@@ -71,10 +79,20 @@ def load_clips(root: str | Path, cache: str | Path, *, num_effectors: int = 1, d
         os.replace(temporary, index)
     arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("frames", "actions", "eventful")}
     drawn = np.load(cache / "drawn.npy", mmap_mode="r") if (cache / "drawn.npy").exists() else None
-    return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec)
+    return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=stamp["content"])
 
 
-def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size: int) -> None:
+def fingerprint(episodes: EpisodeFolder) -> str:
+    """Digest of place, size and time of every file of the episodes: changes when one is recorded anew."""
+    digest = hashlib.sha256(str(episodes.root.resolve()).encode())
+    for name in episodes.names:
+        for file in sorted((episodes.root / name).iterdir()):
+            status = file.stat()
+            digest.update(f"{name}/{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size: tuple[int, int] | None) -> None:
     first = episodes[0]
     count, (length, height, width, _) = len(episodes), first.frames.shape
 
@@ -85,7 +103,7 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
     actions = create("actions", (length - 1, num_effectors, 7), np.float32)
     eventful = create("eventful", (length - 1,), np.bool_)
     (cache / "drawn.npy").unlink(missing_ok=True)
-    drawn = create("drawn", (length, drawn_size, drawn_size, 3), np.uint8) if first.camera is not None else None
+    drawn = create("drawn", (length, *drawn_size, 3), np.uint8) if drawn_size else None
 
     def one(i: int) -> None:
         episode = episodes[i]
@@ -101,11 +119,13 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
             moved = np.linalg.norm(np.diff(episode.labels["block_px"], axis=0), axis=1)
             eventful[i] = np.nan_to_num(moved) > 0.3  # pixels between two frames
         if drawn is not None:
+            if episode.camera is None:
+                raise ValueError(f"episode {episode.name}: no camera, but the first episode has one")
             poses = integrate_poses(episode.eef_pose[0], commands, episode.action_spec)
             path = np.concatenate([episode.eef_pose[:1], poses])
             openness = np.concatenate([episode.gripper[:1], commands[..., 6]])
             for t, image in enumerate(render_action_frames(path, openness, episode.camera)):
-                drawn[i, t] = cv2.resize(image, (drawn_size, drawn_size), interpolation=cv2.INTER_AREA)
+                drawn[i, t] = cv2.resize(image, drawn_size[::-1], interpolation=cv2.INTER_AREA)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(tqdm(pool.map(one, range(count)), total=count, desc="decoding", mininterval=5.0))
@@ -131,10 +151,13 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
     cache.mkdir(parents=True, exist_ok=True)
     count, length = clips.frames.shape[:2]
     grid = list(range(0, length, 2))
-    probe = vae.encode(torch.zeros(1, 3, 1, *clips.frames.shape[2:4]))
+    probe = vae.encode(torch.zeros(1, 3, 1, *clips.frames.shape[2:4], device=vae.device))
     shape = (count, len(grid), probe.shape[1], *probe.shape[3:])
     done_file = cache / "latents_done.json"
-    stamp = {"shape": list(shape), "latents_mean": list(vae.config.latents_mean or ())}
+    weights = hashlib.sha256()
+    for parameter in vae.parameters():
+        weights.update(parameter.detach().cpu().float().numpy().tobytes())
+    stamp = {"shape": list(shape), "content": clips.content, "vae": weights.hexdigest()}
     kept = json.loads(done_file.read_text()) if done_file.is_file() else {}
     done = kept["done"] if {k: kept.get(k) for k in stamp} == stamp else 0  # other clips or another codec: start over
     mode = "r+" if done else "w+"
@@ -147,13 +170,16 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
     for start in tqdm(range(done, count, batch), desc="encoding", mininterval=5.0):
         block = torch.from_numpy(clips.frames[start : start + batch].copy())
         for name, index in (("single", singles), ("group", groups)):
-            picked = (block[:, index].flatten(0, 1).float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            picked = (block[:, index].flatten(0, 1).to(vae.device).float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
+            # Latents are stored in half precision anyway; bf16 convolutions are twice as fast.
+            with torch.autocast(vae.device.type, dtype=torch.bfloat16):
                 mean, _ = vae.encode_groups(picked)
             latents = vae.normalise(mean.float()).unflatten(0, (len(block), len(grid)))
-            arrays[name][start : start + batch] = latents.to(torch.float16).numpy()
+            arrays[name][start : start + batch] = latents.to(torch.float16).cpu().numpy()
         if (start // batch) % 20 == 0 or start + batch >= count:
             for array in arrays.values():
                 array.flush()
-            done_file.write_text(json.dumps({**stamp, "done": min(start + batch, count)}))
+            temporary = done_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({**stamp, "done": min(start + batch, count)}))
+            temporary.replace(done_file)
     return LatentArrays(**arrays)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from prophet_gym.judges.calibration import auc, evaluate_judge, pick_threshold
 from prophet_gym.judges.classifier import CONFIG_FILE, ClassifierConfig, ClassifierJudge, to_network
 from prophet_gym.judges.network import build_vocabulary, encode_instruction, frame_indices
 from prophet_gym.judges.rollouts import LabelledRollout, labelled_rollouts
+from prophet_gym.strict_json import to_json
 from prophet_gym.training.augment import augment
 from prophet_gym.training.imagine import imagine
 
@@ -145,7 +145,7 @@ def train_judge(
     judge, metrics = fit_judge(train, val, config)
     judge.save_pretrained(output)
     temporary = output / f".{METRICS_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    temporary.write_text(to_json(metrics))
     os.replace(temporary, output / METRICS_FILE)
     return judge, metrics
 

@@ -47,7 +47,7 @@ class LoopConfig:
     seed: int = 0
     """Seed of initialisation, batches and noise."""
     mixed_precision: str = "bf16"
-    """"no", "bf16" or "fp16" (accelerate)."""
+    """"no" or "bf16" (accelerate); fp16 would need a loss scaler, which two optimisers cannot share."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
@@ -59,6 +59,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f'mixed_precision={self.mixed_precision!r}: expected "no" or "bf16"')
         if not 0.0 <= self.decay_fraction <= 1.0:
             raise ValueError(f"decay_fraction={self.decay_fraction}: expected a share from 0 to 1")
 
@@ -96,6 +98,15 @@ def prepare_run(run: Path, config: dict[str, Any], resume: bool) -> None:
         raise ValueError(f"{run}: nothing to resume; leave --resume out")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     stored.write_text(text)
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of ``metrics.jsonl`` beyond ``step``: a resumed run writes them again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        temporary = metrics.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(metrics)
 
 
 def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
@@ -146,6 +157,10 @@ def train_loop(
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint stays usable.
     """
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes; this loop trains on one device, start it without a launcher"
+        )
     path = run / "checkpoints" / "last.pt"
     optimizers = build_optimizers(model, config)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -158,6 +173,7 @@ def train_loop(
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         start = saved["step"]
+        forget_after(run / "metrics.jsonl", start)
     ema.to(accelerator.device)
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
 
@@ -209,6 +225,7 @@ def train_loop(
             _log(run, accelerator, {"step": done, **evaluate(model, done)})
             ema.restore(model.parameters())
             clock, seen = time.monotonic(), done
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     ema.copy_to(model.parameters())
     model.eval()
     if evaluate is not None:

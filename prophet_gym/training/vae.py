@@ -88,7 +88,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
-    def loss_fn(model: FoldedVideoVAE, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_fn(_: FoldedVideoVAE, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([config.loop.seed, step])
         video = sample_clips(clips, config.loop.batch_size, config.groups, rng).to(accelerator.device)
         still = video[:, :, :1].expand(-1, -1, VideoCodec.temporal_stride, -1, -1)
@@ -132,7 +132,7 @@ def reconstruct(vae: FoldedVideoVAE, clips: ClipArrays, count: int = 40) -> tupl
     last = 1 + (clips.frames.shape[1] - 1) // 4 * 4
     frames = torch.from_numpy(clips.frames[:count, :last].copy())
     codec = VideoCodec(vae)
-    coded = [codec.decode(codec.encode(frames[i : i + 8])) for i in range(0, len(frames), 8)]
+    coded = [codec.decode(codec.encode(frames[i : i + 8])).cpu() for i in range(0, len(frames), 8)]
     return frames[:, 1:].numpy(), torch.cat(coded).numpy()
 
 

@@ -8,7 +8,6 @@ they are the model's own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..actions import pad_chunk
 from ..data.folder import EpisodeFolder
 from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
-from ..world_model.prophet import ProphetConfig, ProphetWorldModel
+from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network
 from ..world_model.transformer import ProphetTransformer
 from ..world_model.video_vae import FoldedVideoVAE
 from .clips import ClipArrays, LatentArrays, encode_clips, load_clips
@@ -59,6 +58,8 @@ class WorldModelConfig:
     """Share of steps with full chunks; the others draw a length uniformly from 1 to the chunk length."""
     eventful: float = 0.5
     """Share of samples from chunks in which a labelled object moves."""
+    old_rollout: float = 0.6
+    """Share of samples whose rollout began with the episode; that of the others began later, at any frame."""
     condition_noise: float = 0.05
     """Largest standard deviation of noise on the clean frame and the history, in units of latents."""
     timestep_shift: float = 3.0
@@ -71,6 +72,13 @@ class WorldModelConfig:
     """Optimisation."""
     resume: bool = False
     """Continue an interrupted run."""
+
+    def __post_init__(self) -> None:
+        if self.action_frames not in ("none", "pooled", "spatial"):
+            raise ValueError(f'action_frames={self.action_frames!r}: expected "none", "pooled" or "spatial"')
+        for name in ("full_length", "eventful", "old_rollout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +132,24 @@ class ChunkSampler:
             offset = 2 * rng.integers(0, (self.chunk_length - length) // 2 + 1, size=batch_size)
             episodes = np.where(chosen, picks[:, 0], episodes)
             starts = np.where(chosen, picks[:, 1] + offset, starts)
-        waiting = 2 * (rng.random(batch_size) < 0.2)
-        return self.gather(episodes, starts, length, waiting)
+        waiting = np.minimum(2 * (rng.random(batch_size) < 0.2), starts)
+        oldest = (starts - waiting) // 4
+        age = np.where(rng.random(batch_size) < config.old_rollout, oldest, rng.integers(0, oldest + 1))
+        return self.gather(episodes, starts, length, waiting, age)
 
-    def gather(self, episodes: np.ndarray, starts: np.ndarray, length: int, waiting: np.ndarray) -> ChunkBatch:
-        """Clips of ``length`` commands at even ``starts``; the history ends ``waiting`` (0 or 2) frames before them."""
+    def gather(
+        self, episodes: np.ndarray, starts: np.ndarray, length: int, waiting: np.ndarray, age: np.ndarray
+    ) -> ChunkBatch:
+        """Clips with the history that a rollout would have at their start.
+
+        Args:
+            episodes: (B,) indices.
+            starts: (B,) even start frames.
+            length: commands of each clip.
+            waiting: (B,) 0 or 2, frames before the start that wait for their group of four to fill.
+            age: (B,) complete groups since the snapshot of the imagined rollout, which is frame
+                ``start - waiting - 4 age``; the history before it repeats that frame (Alg. 1, line 1).
+        """
         groups = -(-length // 4)
         # group[i] codes frames 2 i - 3 ... 2 i, so the j-th group of the clip has 2 i = start + 4 (j + 1).
         columns = starts[:, None] // 2 + 2 * np.arange(1, groups + 1)
@@ -139,11 +160,12 @@ class ChunkSampler:
         if whole < groups:
             parts.append(self._partial_group(episodes, starts, length))
         latents = torch.from_numpy(np.concatenate(parts, axis=1)).float().transpose(1, 2)
-        past = (starts - waiting)[:, None] // 2 - 2 * np.arange(self.groups)[::-1]
+        newest = (starts - waiting) // 2  # group[i] ends at frame 2 i
+        back = np.arange(self.groups)[::-1]
         history = np.where(
-            (past > 0)[..., None, None, None],
-            self.latents.group[episodes[:, None], np.maximum(past, 0)],
-            self.latents.single[episodes, np.zeros_like(episodes)][:, None],
+            (back < age[:, None])[..., None, None, None],
+            self.latents.group[episodes[:, None], np.maximum(newest[:, None] - 2 * back, 0)],
+            self.latents.single[episodes, newest - 2 * age][:, None],
         )
         commands = self.clips.actions[episodes[:, None], starts[:, None] + np.arange(length)]
         frames = None
@@ -152,8 +174,7 @@ class ChunkSampler:
             drawn = torch.from_numpy(self.clips.drawn[episodes[:, None], index])
             frames = (drawn.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
         if self.config.action_frames == "pooled":
-            with torch.no_grad():
-                frames = self.vae.encode(frames)
+            frames = self._encode(frames)
         return ChunkBatch(
             latents,
             torch.from_numpy(history).float().transpose(1, 2),
@@ -162,12 +183,17 @@ class ChunkSampler:
         )
 
     @torch.no_grad()
+    def _encode(self, video: Tensor) -> Tensor:
+        with torch.autocast(self.vae.device.type, enabled=False):
+            return self.vae.encode(video.to(self.vae.device)).cpu()
+
     def _partial_group(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
         """Latents of the last, incomplete group with its last frame repeated: after the clip, the scene holds still."""
         index = np.minimum(starts[:, None] + 4 * (length // 4) + np.arange(1, 5), (starts + length)[:, None])
-        frames = torch.from_numpy(self.clips.frames[episodes[:, None], index])
-        mean, _ = self.vae.encode_groups((frames.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3))
-        return self.vae.normalise(mean.float())[:, None].to(torch.float16).numpy()
+        frames = torch.from_numpy(self.clips.frames[episodes[:, None], np.concatenate([index[:, :1], index], axis=1)])
+        return (
+            self._encode((frames.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3))[:, :, 1:].transpose(1, 2).half().numpy()
+        )
 
 
 def velocity_loss(
@@ -179,7 +205,7 @@ def velocity_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified-flow loss ||v - (eps - z_0)||^2 over all latent frames but the first.
 
-    All noise follows from (seed, step).
+    All noise follows from (seed, step) and is drawn on the CPU, so that it is the same on every device.
     """
     generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
     clean, b = batch.latents, len(batch.latents)
@@ -194,9 +220,13 @@ def velocity_loss(
     mask = clean.new_zeros(b, 1, *clean.shape[2:])
     mask[:, :, 0] = 1.0
     times = torch.cat([torch.zeros(b, 1), t[:, None].expand(-1, clean.shape[2] - 1)], dim=1)
-    condition = transformer.condition(batch.actions, batch.action_frames, history)
-    velocity = model(torch.cat([start, noisy], dim=2), mask, times, condition)[:, :, 1:].float()
-    error = (velocity - (noise - clean[:, :, 1:])).square().mean(dim=1)
+    device = transformer.device
+    drawn = None if batch.action_frames is None else batch.action_frames.to(device)
+    condition = transformer.condition(batch.actions.to(device), drawn, history.to(device))
+    inputs = torch.cat([start, noisy], dim=2).to(device)
+    velocity = model(inputs, mask.to(device), times.to(device), condition)[:, :, 1:].float()
+    clean = clean.to(device)
+    error = (velocity - (noise.to(device) - clean[:, :, 1:])).square().mean(dim=1)
     change = (clean[:, :, 1:] - clean[:, :, :1]).square().mean(dim=1)
     weight = 1.0 + config.motion_weight * change.clamp(max=1.0)
     moving = change > 0.25
@@ -240,11 +270,10 @@ def train_world_model(
     if evaluate is None and config.validation is not None:
         evaluate = validator(config)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    # Pooled action frames pass through the codec, which needs them at full size; elsewhere half the side suffices.
-    pooled = config.action_frames == "pooled"
-    clips = load_clips(config.data, cache / ("train-64" if pooled else "train"), drawn_size=64 if pooled else 32)
-    vae = FoldedVideoVAE.from_pretrained(config.vae, torch_dtype=torch.float32).eval()
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
+    vae = load_network(FoldedVideoVAE, Path(config.vae), torch.float32).eval().to(accelerator.device)
     vae.requires_grad_(False)
+    clips = load_clips(config.data, cache / f"train-{config.action_frames}", drawn_size=_drawn_size(config))
     latents = encode_clips(vae, clips, cache / f"latents-{Path(config.vae).parent.name}")
     torch.manual_seed(config.loop.seed)
     transformer = ProphetTransformer(
@@ -266,7 +295,6 @@ def train_world_model(
         action_spec=clips.action_spec,
     )
     sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=prophet_config.history_frames, vae=vae)
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
     def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
@@ -281,7 +309,16 @@ def train_world_model(
         transformer, loss_fn, config.loop, run, accelerator=accelerator, resume=config.resume, evaluate=evaluate_step
     )
     accelerator.end_training()
-    world = ProphetWorldModel(transformer.half(), vae.half(), prophet_config)
-    world.save_pretrained(run / "prophet")
-    (run / "done.json").write_text(json.dumps({"parameters": sum(p.numel() for p in transformer.parameters())}) + "\n")
-    return world
+    ProphetWorldModel(transformer.half(), vae.half(), prophet_config).save_pretrained(run / "prophet")
+    return ProphetWorldModel.from_pretrained(run / "prophet")
+
+
+def _drawn_size(config: WorldModelConfig) -> tuple[int, int] | None:
+    """Size of the stored action frames: full for the codec, that of the cells where they are averaged anyway."""
+    if config.action_frames == "none":
+        return None
+    height, width = EpisodeFolder(config.data)[0].frames.shape[1:3]
+    if config.action_frames == "pooled":
+        return height, width
+    cells = ProphetTransformer.default_cells
+    return height // 8 * cells, width // 8 * cells

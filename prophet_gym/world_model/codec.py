@@ -42,7 +42,7 @@ class VideoCodec:
             return self.vae.encode(video)
         raw = self.vae.encode(video).latent_dist.mode()
         mean, std = self._wan_statistics(raw)
-        return (raw - mean) / std
+        return ((raw.float() - mean) / std).to(raw.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, z, 1 + n, h, w) to the 4n frames after the first, (B, 4n, H, W, 3) uint8."""
@@ -50,8 +50,10 @@ class VideoCodec:
         if self.folded:
             return to_frames(self.vae.decode(latents))
         mean, std = self._wan_statistics(latents)
-        return to_frames(self.vae.decode(latents * std + mean).sample[:, :, 1:])
+        raw = (latents.float() * std + mean).to(latents.dtype)
+        return to_frames(self.vae.decode(raw).sample[:, :, 1:])
 
     def _wan_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        mean = latents.new_tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        return mean, latents.new_tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        config, device = self.vae.config, latents.device
+        mean, std = (torch.tensor(values, device=device) for values in (config.latents_mean, config.latents_std))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

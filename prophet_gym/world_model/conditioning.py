@@ -99,8 +99,10 @@ class SpatialActionFrames(nn.Module):
         frames = torch.cat([frames[:, :, :1].expand(-1, -1, stride, -1, -1), frames[:, :, 1:]], dim=2)
         size = (grid[0] * self.cells, grid[1] * self.cells)
         small = frames.transpose(1, 2).flatten(0, 1)
+        if small.shape[2] % size[0] or small.shape[3] % size[1]:
+            raise ValueError(f"action frames of {tuple(small.shape[2:])} pixels; expected a multiple of {size}")
         if small.shape[2:] != size:
-            small = F.adaptive_avg_pool2d(small, size)
+            small = F.avg_pool2d(small, (small.shape[2] // size[0], small.shape[3] // size[1]))
         cells = F.pixel_unshuffle(small, self.cells * self.patch)
         tokens = cells.unflatten(0, (b, -1, stride)).permute(0, 1, 4, 5, 2, 3).flatten(4)
         return self.proj(tokens)

@@ -17,32 +17,45 @@ class HistoryMemory(nn.Module):
 
     Args:
         latent_channels: channels z of a latent frame.
-        strides: spatio-temporal pooling strides (t, h, w), one projection each.
+        levels: (newest, oldest, t, h, w) each: latents of age ``newest`` up to, not including, ``oldest`` (0 is the
+            newest latent frame) are pooled with strides (t, h, w); one projection a level.
         dim: channel width D of the denoiser.
         num_heads: attention heads; D is split among them.
     """
 
-    def __init__(self, latent_channels: int, strides: tuple[tuple[int, int, int], ...], dim: int, num_heads: int):
+    def __init__(self, latent_channels: int, levels: tuple[tuple[int, ...], ...], dim: int, num_heads: int) -> None:
         super().__init__()
-        self.strides, self.dim, self.num_heads = tuple(tuple(s) for s in strides), dim, num_heads
-        self.projections = nn.ModuleList(nn.Linear(latent_channels, dim) for _ in self.strides)
+        self.levels, self.dim, self.num_heads = tuple(tuple(level) for level in levels), dim, num_heads
+        self.projections = nn.ModuleList(nn.Linear(latent_channels, dim) for _ in self.levels)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+
+    def check(self, latent_frames: int) -> None:
+        """Raise ValueError where a level asks for older latents than a history of ``latent_frames`` holds."""
+        oldest = max(level[1] for level in self.levels)
+        if oldest > latent_frames:
+            raise ValueError(
+                f"memory_levels reach back {oldest} latent frames, the history holds {latent_frames}; expected no "
+                "more than it holds: lengthen history_frames or change memory_levels"
+            )
 
     def tokens(self, history: Tensor) -> Tensor:
         """Pool and project a history (B, z, T, h, w), oldest first, to tokens M (B, L, D).
 
         A token carries a parameter-free encoding of its age and place, in units of latent positions.
         """
-        groups = []
-        for stride, project in zip(self.strides, self.projections, strict=True):
-            pooled = F.avg_pool3d(history.float(), stride, stride).to(history.dtype)
+        groups, length = [], history.shape[2]
+        for (newest, oldest, *stride), project in zip(self.levels, self.projections, strict=True):
+            part = history[:, :, length - oldest : length - newest]
+            # Windows that reach over the edge (240 pixels are 30 latents) average what they hold: nothing is dropped.
+            pooled = F.avg_pool3d(part.float(), stride, stride, ceil_mode=True, count_include_pad=False)
+            pooled = pooled.to(history.dtype)
             tokens = project(pooled.permute(0, 2, 3, 4, 1))
             axes = [
                 (torch.arange(n, device=history.device) + 0.5) * s
                 for n, s in zip(tokens.shape[1:4], stride, strict=True)
             ]
-            age = history.shape[2] - axes[0]
+            age = oldest - axes[0]
             d = self.dim // 3
             where = torch.cat(
                 [

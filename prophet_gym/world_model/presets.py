@@ -20,7 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_effectors": 1,
         "scalar_hidden_dim": 256,
         "action_frames": "spatial",
-        "memory_strides": ((15, 2, 2), (3, 4, 4), (1, 8, 8)),
+        "memory_levels": ((0, 15, 15, 2, 2), (0, 15, 3, 4, 4), (0, 15, 1, 8, 8)),
+        "memory_gate": 1.0,
     },
     # 2,057,668,608 parameters on Cosmos-Predict2-2B-Video2World and the Wan 2.1 VAE: the defaults of the class.
     "cosmos-2b": {},

@@ -41,7 +41,6 @@ class ProphetConfig:
         schedule_shift: shift of the "flow" schedule.
         solver: "euler" or "ab2".
         action_spec: conventions of the commands.
-        metrics: measured figures of this checkpoint, by name.
     """
 
     name: str = "untrained"
@@ -53,13 +52,19 @@ class ProphetConfig:
     schedule_shift: float = 1.0
     solver: str = "euler"
     action_spec: ActionSpec = field(default_factory=ActionSpec)
-    metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.history_frames % 4 or self.history_frames < 4:
             raise ValueError(f"history_frames={self.history_frames}: expected a positive multiple of 4")
         if self.schedule not in ("flow", "karras"):
             raise ValueError(f'schedule={self.schedule!r}: expected "flow" or "karras"')
+        if self.solver not in ("euler", "ab2"):
+            raise ValueError(f'solver={self.solver!r}: expected "euler" or "ab2"')
+        if self.num_inference_steps < 1 or self.schedule_shift <= 0:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps}, schedule_shift={self.schedule_shift}: expected at "
+                "least 1 step and a positive shift"
+            )
         if any(side % 16 for side in self.image_size):
             raise ValueError(f"image_size={self.image_size}: expected multiples of 16 pixels")
 
@@ -72,17 +77,16 @@ class ProphetConfig:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: an unknown key.
+            ValueError: an unknown or missing key; conventions are never guessed.
         """
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"prophet.json: unknown keys {sorted(unknown)}; written by another version?")
-        values = dict(values)
-        if "action_spec" in values:
-            values["action_spec"] = ActionSpec.from_dict(values["action_spec"])
-        if "image_size" in values:
-            values["image_size"] = tuple(values["image_size"])
-        return cls(**values)
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            raise ValueError(
+                f"prophet.json: unknown keys {sorted(set(values) - names)}, missing {sorted(names - set(values))}; "
+                "written by another version?"
+            )
+        spec, size = ActionSpec.from_dict(values["action_spec"]), tuple(values["image_size"])
+        return cls(**{**values, "action_spec": spec, "image_size": size})
 
 
 class ProphetWorldModel:
@@ -109,6 +113,7 @@ class ProphetWorldModel:
         self.num_effectors: int = transformer.config.num_effectors
         self.requires_camera: bool = transformer.config.action_frames != "none"
         self.num_inference_steps: int = config.num_inference_steps
+        transformer.memory.check(config.history_frames // VideoCodec.temporal_stride)
         self.image_size, self.action_spec = config.image_size, config.action_spec
         # Commands of fewer end-effectors are padded to the model's number before their poses are integrated.
         self._padded_spec = replace(config.action_spec, num_effectors=self.num_effectors)
@@ -130,12 +135,12 @@ class ProphetWorldModel:
         """Start one rollout slot for each snapshot.
 
         Args:
-            snapshots: start images (H, W, 3), poses and cameras; fewer end-effectors than the model's are padded.
+            snapshots: start images (H, W, 3), poses and cameras.
             seeds: reset seed of each slot; all randomness of a slot follows from its seed and env step.
 
         Raises:
-            ValueError: wrong image size, more end-effectors than the model has, a camera is missing where action
-                frames are required, or a different number of seeds.
+            ValueError: wrong image size or number of end-effectors, a camera is missing where action frames are
+                required, or a different number of seeds.
         """
         if len(snapshots) != len(seeds) or not snapshots:
             raise ValueError(
@@ -173,9 +178,10 @@ class ProphetWorldModel:
                 f"snapshot {index}: image of {snapshot.image.shape[0]}x{snapshot.image.shape[1]} pixels; this model "
                 f"works at {self.image_size[0]}x{self.image_size[1]}: resize the image and its camera (Camera.resized)"
             )
-        if len(snapshot.eef_pose) > self.num_effectors:
+        if len(snapshot.eef_pose) != self.action_spec.num_effectors:
             raise ValueError(
-                f"snapshot {index}: {len(snapshot.eef_pose)} end-effectors; this model knows {self.num_effectors}"
+                f"snapshot {index}: {len(snapshot.eef_pose)} end-effectors; expected "
+                f"{self.action_spec.num_effectors}, as the action conventions of this checkpoint say"
             )
         if self.requires_camera and snapshot.camera is None:
             raise ValueError(
@@ -190,19 +196,22 @@ class ProphetWorldModel:
 
         Args:
             state: B slots, not modified.
-            actions: canonical commands (B, C, N, 7): metres, Euler radians, open ratio; C from 1 to ``chunk_length``.
+            actions: canonical commands (B, C, N, 7): metres, Euler radians, open ratio; C from 1 to ``chunk_length``,
+                N that of the action conventions.
             num_inference_steps: denoising steps, default from the configuration.
 
         Returns:
             Frames (B, C, H, W, 3) uint8, one a command, and the state after them.
 
         Raises:
-            ValueError: wrong shape, NaN, or a chunk longer than the model's.
+            ValueError: wrong shape, NaN, an open ratio outside [0, 1], or a chunk longer than the model's.
         """
         commands = self._check_actions(state, actions)
+        if num_inference_steps is None:
+            num_inference_steps = self.num_inference_steps
         length = commands.shape[1]
         poses = integrate_poses(state.poses.numpy(), commands, self._padded_spec)
-        latents = self._sample(state, commands, poses, num_inference_steps or self.num_inference_steps)
+        latents = self._sample(state, commands, poses, num_inference_steps)
         frames = self.codec.decode(latents)[:, :length].cpu()
         history, tail, count = self._advance_history(state, frames, latents)
         after = replace(
@@ -219,16 +228,21 @@ class ProphetWorldModel:
 
     def _check_actions(self, state: RolloutState, actions: np.ndarray | Tensor) -> np.ndarray:
         commands = np.asarray(actions, dtype=np.float32)
-        if commands.ndim != 4 or commands.shape[0] != state.batch_size or commands.shape[3] != 7:
-            raise ValueError(
-                f"actions of shape {commands.shape}; expected (B={state.batch_size}, C, N={self.num_effectors}, 7)"
-            )
+        effectors = self.action_spec.num_effectors
+        if commands.ndim != 4 or commands.shape[0] != state.batch_size or commands.shape[2:] != (effectors, 7):
+            raise ValueError(f"actions of shape {commands.shape}; expected (B={state.batch_size}, C, N={effectors}, 7)")
         if not 1 <= commands.shape[1] <= self.chunk_length:
             raise ValueError(
                 f"chunk of {commands.shape[1]} commands; this model takes 1 to {self.chunk_length}: split it"
             )
         if not np.isfinite(commands).all():
             raise ValueError("actions contain NaN or infinity; expected finite numbers")
+        low, high = commands[..., 6].min(), commands[..., 6].max()
+        if low < -1e-6 or high > 1 + 1e-6:
+            raise ValueError(
+                f"open ratios from {low:.3g} to {high:.3g}; expected [0, 1] (1 is open): convert native commands with "
+                "ActionSpec.to_canonical"
+            )
         return pad_effectors(commands, self.num_effectors)
 
     def chunk_inputs(
@@ -289,7 +303,7 @@ class ProphetWorldModel:
             times = karras_schedule(num_steps)
         else:
             times = flow_schedule(num_steps, self.config.schedule_shift)
-        chunk = integrate(velocity, noise, times, self.config.solver)
+        chunk = integrate(velocity, times[0] * noise, times, self.config.solver)
         return torch.cat([start, chunk.to(dtype)], dim=2)
 
     def _advance_history(self, state: RolloutState, frames: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,8 +336,10 @@ class ProphetWorldModel:
         """Write ``transformer/`` and ``vae/`` (safetensors), then ``prophet.json``: a folder that has it is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.transformer.save_pretrained(folder / "transformer")
-        self.codec.vae.save_pretrained(folder / "vae")
+        (folder / "prophet.json").unlink(missing_ok=True)  # a save that is killed leaves no checkpoint of mixed parts
+        for name, network in (("transformer", self.transformer), ("vae", self.codec.vae)):
+            network.register_to_config(_name_or_path="")  # diffusers would store where the weights were loaded from
+            network.save_pretrained(folder / name)
         temporary = folder / "prophet.json.tmp"
         temporary.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
         temporary.replace(folder / "prophet.json")

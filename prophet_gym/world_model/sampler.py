@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,6 @@ def slot_noise(seeds: Tensor, env_steps: Tensor, shape: tuple[int, ...]) -> Tens
     noise = torch.empty(len(seeds), *shape)
     generator = torch.Generator()
     for i, (seed, step) in enumerate(zip(seeds.tolist(), env_steps.tolist(), strict=True)):
-        # An odd multiplier (the golden ratio of 64 bits) separates the streams of consecutive env steps.
-        generator.manual_seed((seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**63)
+        generator.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
         noise[i] = torch.randn(shape, generator=generator)
     return noise

@@ -39,14 +39,14 @@ class ChunkCondition:
         modulation: addition to the AdaLN-LoRA vector, (B, T or 1, 3D).
         tokens: addition to the patch embedding, (B, T, h / p, w / p, D), or None.
         memory: K_mem and V_mem, each (B, heads, L, D / heads).
-        text: text embeddings (B, L, text_embed_dim), or None.
+        text: keys and values of the text for every block, each (B, heads, L, D / heads), or None.
     """
 
     time: Tensor
     modulation: Tensor
     tokens: Tensor | None
     memory: tuple[Tensor, Tensor]
-    text: Tensor | None = None
+    text: tuple[tuple[Tensor, Tensor], ...] | None = None
 
 
 class ProphetAttention(nn.Module):
@@ -62,33 +62,35 @@ class ProphetAttention(nn.Module):
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim, bias=False)])
 
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised keys, and values, of (B, L, context_dim): each (B, heads, L, head_dim)."""
+        k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return normalise(k, self.norm_k), v
+
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
-        memory_gate: Tensor | None = None,
+        memory_gate: float = 0.0,
     ) -> Tensor:
-        """Attend from tokens (B, L, D) to ``context`` (default: themselves) and to the memory.
+        """Attend from tokens (B, L, D) to ``keys_values`` (default: their own) and to the memory.
 
-        With gate g the result is lerp(Attn(K), Attn([K_mem; K]), g); ``memory_gate=None`` stands for g = 1, one pass.
+        With gate g the result is lerp(Attn(K), Attn([K_mem; K]), g); g = 0 and g = 1 cost one pass.
         """
-        context = x if context is None else context
-        q, k, v = (
-            layer(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
-        q, k = normalise(q, self.norm_q), normalise(k, self.norm_k)
+        q = normalise(self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), self.norm_q)
+        k, v = self.keys_values(x) if keys_values is None else keys_values
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if memory is None:
+        if memory is None or memory_gate == 0.0:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             k_mem, v_mem = (m.to(v.dtype) for m in memory)
             out = F.scaled_dot_product_attention(q, torch.cat([k_mem, k], dim=2), torch.cat([v_mem, v], dim=2))
-            if memory_gate is not None:
-                out = torch.lerp(F.scaled_dot_product_attention(q, k, v), out, memory_gate.to(out.dtype))
+            if memory_gate != 1.0:
+                out = torch.lerp(F.scaled_dot_product_attention(q, k, v), out, memory_gate)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -124,8 +126,8 @@ class ProphetBlock(nn.Module):
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
         memory: tuple[Tensor, Tensor] | None,
-        memory_gate: Tensor | None,
-        text: Tensor | None,
+        memory_gate: float,
+        text: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Map tokens (B, T, h * w, D) to the same shape; time embeddings are (B, T, 1, D) and (B, T, 1, 3D)."""
         grid = x.shape[1:3]
@@ -134,7 +136,7 @@ class ProphetBlock(nn.Module):
         x = x + gate * attended.unflatten(1, grid)
         if text is not None:
             normed, gate = self.norm2(x, embedded_time, modulation)
-            x = x + gate * self.attn2(normed.flatten(1, 2), context=text).unflatten(1, grid)
+            x = x + gate * self.attn2(normed.flatten(1, 2), text).unflatten(1, grid)
         normed, gate = self.norm3(x, embedded_time, modulation)
         return x + gate * self.ff(normed)
 
@@ -161,11 +163,14 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         action_frames: "none", "pooled" (Eqs 10 and 11) or "spatial".
         action_frame_cells: cells a side of a latent position for "spatial".
         temporal_stride: frames of a latent frame.
-        memory_strides: pooling strides (t, h, w) of the history memory.
+        memory_levels: (newest, oldest, t, h, w): ages in latent frames and pooling strides of the history memory.
+        memory_gate: weight g of the memory in self-attention. 0 keeps a pretrained backbone exact (attention to the
+            memory dilutes the softmax even where the memory is zero), 1 is the paper's formula and costs one pass.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ProphetBlock"]
+    default_cells = 4
 
     @register_to_config
     def __init__(
@@ -186,9 +191,10 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_effectors: int = 2,
         scalar_hidden_dim: int = 8192,
         action_frames: str = "pooled",
-        action_frame_cells: int = 4,
+        action_frame_cells: int = default_cells,
         temporal_stride: int = 4,
-        memory_strides: tuple[tuple[int, int, int], ...] = ((1, 2, 2), (1, 4, 4), (1, 8, 8)),
+        memory_levels: tuple[tuple[int, ...], ...] = ((0, 1, 1, 2, 2), (1, 2, 1, 4, 4), (2, 15, 1, 8, 8)),
+        memory_gate: float = 0.0,
     ) -> None:
         super().__init__()
         if action_frames not in ("none", "pooled", "spatial"):
@@ -211,11 +217,9 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.action_frame_stream = PooledActionFrames(latent_channels, dim)
         elif action_frames == "spatial":
             self.action_frame_stream = SpatialActionFrames(action_frame_cells, temporal_stride, patch_size, dim)
-        self.memory = HistoryMemory(latent_channels, memory_strides, dim, num_attention_heads)
-        # Attention to the memory dilutes softmax even when the memory is zero: g = 0 keeps a pretrained backbone
-        # exact, training anneals it to 1 (paper's formula), where the second attention pass is dropped.
-        self.register_buffer("memory_gate", torch.ones(()))
+        self.memory = HistoryMemory(latent_channels, memory_levels, dim, num_attention_heads)
         self.gradient_checkpointing = False
+        self._rotary: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
 
     def condition(
         self, actions: Tensor, action_frames: Tensor | None, history: Tensor, text: Tensor | None = None
@@ -225,7 +229,7 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             actions: canonical commands (B, C, N, 7), padded to ``chunk_length`` (open ratio -1 marks padding).
             action_frames: for "pooled" the codec's latents (B, z, T, h, w) of the drawn actions, for "spatial" the
-                drawn actions (B, 3, 1 + C, H, W) in [-1, 1]; None runs on the scalar stream alone.
+                drawn actions (B, 3, 1 + 4 (T - 1), H, W) in [-1, 1]; None runs on the scalar stream alone.
             history: past latents (B, z, T_hist, h, w), oldest first.
             text: text embeddings, or None.
         """
@@ -236,7 +240,17 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             time, modulation = time + frame_time, modulation + frame_modulation
         elif action_frames is not None and self.config.action_frames == "spatial":
             tokens = self.action_frame_stream(action_frames, tuple(history.shape[-2:]))
-        return ChunkCondition(time, modulation, tokens, self.memory(history), text)
+        keys_values = None
+        if text is not None:
+            keys_values = tuple(block.attn2.keys_values(text) for block in self.transformer_blocks)
+        return ChunkCondition(time, modulation, tokens, self.memory(history), keys_values)
+
+    def _rotary_tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (L, head_dim) for a latent grid; the last grid's are kept."""
+        key = (*x.shape[2:], str(x.device))
+        if self._rotary is None or self._rotary[0] != key:
+            self._rotary = (key, self.rope(x))
+        return self._rotary[1]
 
     def forward(self, latents: Tensor, condition_mask: Tensor, timestep: Tensor, condition: ChunkCondition) -> Tensor:
         """Predict the velocity eps - z_0, (B, z, T, h, w).
@@ -251,7 +265,7 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = torch.cat([latents, condition_mask.to(latents)], dim=1)
         if self.config.concat_padding_mask:
             x = torch.cat([x, x.new_zeros(b, 1, t, h, w)], dim=1)
-        cos, sin = self.rope(x)
+        rotary = self._rotary_tables(x)
         x = self.patch_embed(x)
         if condition.tokens is not None:
             x = x + condition.tokens
@@ -261,9 +275,10 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sinusoid = self.time_embed.time_proj(timestep.flatten()).to(x.dtype).unflatten(0, (b, t))
         embedded = self.time_embed.norm(sinusoid + condition.time)[:, :, None]
         modulation = (self.time_embed.t_embedder(sinusoid) + condition.modulation)[:, :, None]
-        gate = None if bool(self.memory_gate == 1) else self.memory_gate
-        for block in self.transformer_blocks:
-            inputs = (x, embedded, modulation, (cos, sin), condition.memory, gate, condition.text)
+        gate = float(self.config.memory_gate)
+        for i, block in enumerate(self.transformer_blocks):
+            text = None if condition.text is None else condition.text[i]
+            inputs = (x, embedded, modulation, rotary, condition.memory, gate, text)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *inputs)
             else:

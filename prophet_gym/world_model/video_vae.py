@@ -43,7 +43,6 @@ class FoldedVideoVAE(ModelMixin, ConfigMixin):
     """
 
     temporal_stride = 4
-    spatial_stride = 8
 
     @register_to_config
     def __init__(
@@ -94,18 +93,18 @@ class FoldedVideoVAE(ModelMixin, ConfigMixin):
     def normalise(self, latents: Tensor) -> Tensor:
         """Bring raw latents (B, z, ...) to zero mean and unit variance per channel."""
         mean, std = self._statistics(latents)
-        return (latents - mean) / std
+        return ((latents.float() - mean) / std).to(latents.dtype)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo :meth:`normalise`."""
         mean, std = self._statistics(latents)
-        return latents * std + mean
+        return (latents.float() * std + mean).to(latents.dtype)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1) + (1,) * (latents.ndim - 2)
         z = self.config.latent_channels
-        mean = latents.new_tensor(self.config.latents_mean or [0.0] * z).view(shape)
-        std = latents.new_tensor(self.config.latents_std or [1.0] * z).view(shape)
+        mean = torch.tensor(self.config.latents_mean or [0.0] * z, device=latents.device).view(shape)
+        std = torch.tensor(self.config.latents_std or [1.0] * z, device=latents.device).view(shape)
         return mean, std
 
     def encode(self, video: Tensor) -> Tensor:
