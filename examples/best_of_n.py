@@ -1,4 +1,4 @@
-"""Best of N in imagination: fork a running rollout, try a random plan in each copy, let the judge choose, play the best.
+"""Best of N in imagination: fork a running rollout, try a random plan in each copy, judge them, play the best.
 
 Random shooting, the simplest planner there is. ``python examples/best_of_n.py`` takes seconds on one CPU core; more
 members find better plans, and more holes in the judge.

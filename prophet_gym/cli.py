@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -20,6 +20,7 @@ from .judges.rollouts import labelled_rollouts
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
+from .sims.rendering import RenderingUnavailableError
 from .strict_json import to_json
 from .training.imagine import imagine
 from .training.judge import JudgeTrainingConfig, train_judge
@@ -36,9 +37,12 @@ TrainingRun = (
 )
 
 
-def _load(checkpoint: str, dtype: str = "float32") -> ProphetWorldModel:
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def _load(checkpoint: str, device: str = "cpu", dtype: Precision = "float32") -> ProphetWorldModel:
     folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint)
-    return ProphetWorldModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return ProphetWorldModel.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
 
 
 def info(checkpoint: Positional[str] = "tabletop") -> None:
@@ -95,7 +99,8 @@ def evaluate(
     num_inference_steps: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    dtype: str = "float32",
+    device: str = "cpu",
+    dtype: Precision = "float32",
 ) -> None:
     """Score open-loop rollouts on held-out episodes, beside the last-frame and shuffled-action baselines.
 
@@ -108,10 +113,11 @@ def evaluate(
         num_inference_steps: denoising steps; the checkpoint's by default.
         batch_size: episodes imagined at once.
         seed: of the sampling noise and the bootstrap.
+        device: of the networks, as in torch.
         dtype: of the networks.
     """
     result = evaluate_world_model(
-        _load(checkpoint, dtype),
+        _load(checkpoint, device, dtype),
         EpisodeFolder(data)[:episodes],
         steps,
         num_inference_steps,
@@ -207,7 +213,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command line; a ValueError is printed without a traceback, exit status 2."""
+    """Run the command line; a bad input or a missing system library is one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -216,7 +222,7 @@ def main() -> None:
             description="Learned world models as environments for robot policies.",
             config=(OmitSubcommandPrefixes, OmitArgPrefixes),
         )
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, RenderingUnavailableError) as error:
         print(f"prophet: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

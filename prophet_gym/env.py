@@ -118,7 +118,7 @@ class ProphetEnv(gym.Env):
         """Restores :meth:`get_state`'s result, here or in another process, and returns the observation.
 
         Raises:
-            ValueError: not such a state, or not of this image size.
+            ValueError: not such a state, or one that another checkpoint or dtype left; nothing has changed then.
         """
         observation = _first(self._engine.set_state(state))
         self._np_random = self._engine.slots[0].rng

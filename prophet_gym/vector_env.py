@@ -21,19 +21,18 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from .action_frames import Camera
 from .arguments import known_options, parse_autoreset_mode, per_slot, require_between, require_snapshot
 from .judges.base import Judge, as_judge
 from .judging import ask_judge
 from .observations import make_observation, observation_space
-from .slot import Slot
+from .slot import Slot, load_slots, save_slots
 from .snapshot import Snapshot
 from .world_model.state import RolloutState, WorldModel
 
 __all__ = ["ProphetVectorEnv"]
 
 logger = logging.getLogger(__name__)
-
-_STATE_VERSION = 1
 
 
 class ProphetVectorEnv(VectorEnv):
@@ -52,7 +51,8 @@ class ProphetVectorEnv(VectorEnv):
         world_model: anything with ``begin`` and ``predict``; see :class:`prophet_gym.world_model.state.WorldModel`.
         num_envs: number of slots B.
         horizon: commands after which a rollout is truncated.
-        snapshots: where rollouts start; without them every reset needs ``options={"snapshots": [...]}``.
+        snapshots: where rollouts start. Without them every reset needs ``options={"snapshots": [...]}`` and
+            ``autoreset_mode`` must be ``DISABLED``: a slot that resets itself would have nowhere to start.
         judge: a :class:`prophet_gym.judges.Judge` or any callable ``(frames, instruction) -> Verdict | bool | float``.
             Without one every rollout ends with ``judge_valid=False``.
         judge_every_chunk: ask the judge after every chunk instead of once at the horizon.
@@ -63,7 +63,7 @@ class ProphetVectorEnv(VectorEnv):
         render_mode: None or "rgb_array" (``render`` returns the current frame of every slot).
 
     Raises:
-        ValueError: an argument is out of range or unknown.
+        ValueError: an argument is out of range or unknown, or autoreset is asked for without snapshots.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -94,11 +94,17 @@ class ProphetVectorEnv(VectorEnv):
             raise ValueError(f"render_mode={render_mode!r}: expected None or 'rgb_array'.")
         if snapshots is not None and len(snapshots) == 0:
             raise ValueError("snapshots is empty; expected at least one Snapshot, or None to give them at reset.")
-        self.world_model, self.num_envs, self.horizon = world_model, num_envs, horizon
+        mode = parse_autoreset_mode(autoreset_mode)
+        if snapshots is None and mode is not AutoresetMode.DISABLED:
+            raise ValueError(
+                f"autoreset_mode={mode.value!r} without snapshots: a slot that ends would have nowhere to start from. "
+                "Give snapshots=..., or autoreset_mode='Disabled' and options={'snapshots': [...]} at every reset."
+            )
+        self.world_model, self.num_envs, self.horizon = world_model, num_envs, int(horizon)
         self.snapshots, self.judge_every_chunk = snapshots, judge_every_chunk
         self.judge: Judge | None = None if judge is None else as_judge(judge)
         self.chunk_length, self.num_inference_steps = chunk_length, num_inference_steps
-        self.autoreset_mode, self.render_mode = parse_autoreset_mode(autoreset_mode), render_mode
+        self.autoreset_mode, self.render_mode = mode, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": spec.control_hz}
         self.single_observation_space = observation_space(spec, world_model.image_size)
         self.single_action_space = spec.action_space(chunk_length)
@@ -185,11 +191,7 @@ class ProphetVectorEnv(VectorEnv):
         another process, and :meth:`set_state` there with the same checkpoint.
         """
         chosen, rollout = self._chosen(mask), self._started()
-        return {
-            "version": _STATE_VERSION,
-            "world_model": rollout.select(chosen).state_dict(),
-            "slots": [self.slots[i].to_state() for i in chosen],
-        }
+        return save_slots(rollout.select(chosen), [self.slots[i] for i in chosen])
 
     def set_state(self, state: dict[str, Any], mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Puts the slots of ``state`` in place of those in ``mask`` (default all), and returns the observation.
@@ -197,24 +199,15 @@ class ProphetVectorEnv(VectorEnv):
         Stepping then gives the same bytes as it did after :meth:`get_state` (CPU, same batch size).
 
         Raises:
-            ValueError: not a state of this version and image size, or a different number of slots.
+            ValueError: another version or number of slots, tensors that another checkpoint or dtype left (the message
+                lists names, shapes and dtypes), or a malformed slot; nothing has changed then.
         """
         chosen = self._chosen(mask)
-        if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"set_state expects what get_state() returned (version {_STATE_VERSION}), got {found!r}.")
-        if len(state["slots"]) != len(chosen):
-            raise ValueError(f"The state holds {len(state['slots'])} slots, but {len(chosen)} are to be set.")
-        own_device = getattr(self.world_model, "device", "cpu")
-        rollout = RolloutState.from_state_dict(state["world_model"], own_device)
-        if tuple(rollout.frames.shape[1:3]) != tuple(self.world_model.image_size):
-            raise ValueError(
-                f"The state holds images of {tuple(rollout.frames.shape[1:3])} pixels, this model's are "
-                f"{tuple(self.world_model.image_size)}: it was saved with another checkpoint."
-            )
+        like = self._blank_rollout() if self._rollout is None else self._rollout
+        rollout, slots = load_slots(state, like, len(chosen), getattr(self.world_model, "device", "cpu"))
         self._place(chosen, rollout)
-        for i, saved in zip(chosen, state["slots"], strict=True):
-            self.slots[i] = Slot.from_state(saved)
+        for i, slot in zip(chosen, slots, strict=True):
+            self.slots[i] = slot
         return self._observation()
 
     def fork(
@@ -231,7 +224,7 @@ class ProphetVectorEnv(VectorEnv):
             autoreset_mode: of the new environment; default this one's.
 
         Raises:
-            ValueError: called before ``reset``, n below 1, or another number of seeds.
+            ValueError: called before ``reset``, n below 1, another number of seeds, or autoreset without snapshots.
         """
         rollout = self._started()
         require_between("n", n, 1, None)
@@ -278,6 +271,13 @@ class ProphetVectorEnv(VectorEnv):
         self._place(chosen, self.world_model.begin(starts, noise))
         for i, slot in zip(chosen, fresh, strict=True):
             self.slots[i] = slot
+
+    def _blank_rollout(self) -> RolloutState:
+        """Begins one black slot: the fields, shapes and dtypes of this world model's rollouts before the first."""
+        n, (height, width) = self.world_model.action_spec.num_effectors, self.world_model.image_size
+        camera = Camera(np.diag([width, width, 1.0]), np.eye(4), width, height)
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        return self.world_model.begin([Snapshot(image, "", np.tile(np.eye(4), (n, 1, 1)), np.ones(n), camera)], [0])
 
     def _draw_snapshot(self, rng: np.random.Generator) -> Snapshot:
         if self.snapshots is None:

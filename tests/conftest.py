@@ -47,7 +47,11 @@ def recordings() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest whole Prophet: random but fixed weights, 48x48 images, chunks of up to 20, four snapshots."""
+    """The smallest whole Prophet: random but fixed weights, 48x48 images, chunks of up to 20, four snapshots.
+
+    Its frames follow history, actions and noise by tens of grey levels (test_env.py holds it to that), so that a test
+    with a tolerance of one level notices when slots swap them.
+    """
     from prophet_gym.action_frames import Camera
     from prophet_gym.actions import ACTION_SPECS
     from prophet_gym.snapshot import Snapshot, SnapshotSet
@@ -73,10 +77,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         memory_levels=((0, 2, 1, 2, 2), (0, 2, 1, 3, 3)),
         memory_gate=1.0,
     )
-    with torch.no_grad():  # zero-initialised gates would make every chunk ignore its actions
-        for parameter in transformer.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
     vae = FoldedVideoVAE(latent_channels=4, channels=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    with torch.no_grad():
+        for parameter in [*transformer.parameters(), *vae.parameters()]:
+            if parameter.ndim > 1:  # variance-preserving, also where layers start at zero: all inputs reach the frames
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+        transformer.memory.to_v.weight.mul_(8.0)  # attention averages over the memory's tokens
+        vae.encoder[-1].weight.mul_(4.0)  # noise images average out: brings latents to unit variance
+        vae.decoder[-2].weight.mul_(0.6)  # 2 % of the values reach 0 or 255
     config = ProphetConfig(
         name="tiny-test",
         trained_on="nothing: random weights for tests",

@@ -27,9 +27,14 @@ def test_dr_grpo_and_leave_one_out():
 
 @pytest.mark.parametrize("norm", ["population", "none", "rloo"])
 def test_equal_rewards_give_exactly_zero(norm):
-    rewards = torch.tensor([0.1] * 3 + [0.7] * 3)  # the float mean of three 0.1 is not 0.1
-    assert torch.equal(group_advantages(rewards, 3, norm=norm), torch.zeros(6))
-    assert zero_variance_groups(rewards, 3).tolist() == [True, True]
+    inexact = 0
+    for value in (0.1, 0.3, 0.7, 0.9):
+        for size in (3, 5, 6, 7, 8, 12):
+            rewards = torch.full((2 * size,), value)
+            inexact += bool((rewards[:size].sum() / size != rewards[0]).item())
+            assert torch.equal(group_advantages(rewards, size, norm=norm), torch.zeros(2 * size))
+            assert zero_variance_groups(rewards, size).tolist() == [True, True]
+    assert inexact > 0, "the float mean of equal rewards has to differ from them somewhere, or this tests nothing"
 
 
 @pytest.mark.parametrize("norm", ["population", "none", "rloo"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,24 +117,52 @@ def test_readme_script_runs(tmp_path: Path) -> None:
     assert "judged success" in result.stdout
 
 
-@pytest.mark.parametrize("program, package", [("prophet", "prophet_gym"), ("prophrl", "prophrl_agents")])
-def test_documented_commands_exist(
-    program: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def help_of(program: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str | None:
+    """What ``program words --help`` prints; None if there is no such command."""
+    main = importlib.import_module({"prophet": "prophet_gym.cli", "prophrl": "prophrl_agents.cli"}[program]).main
+    monkeypatch.setattr(sys, "argv", [program, *words, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown = capsys.readouterr().out
+    return None if stopped.value.code else shown
+
+
+def documented_commands(program: str) -> list[list[str]]:
+    """Words of every call of a program in shell blocks and inline code, continuation lines joined."""
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    return [line.split() for line in re.findall(rf"(?:^|`|\.venv/bin/){program}((?: +[^`\s#|]+)+)", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("program", ["prophet", "prophrl"])
+def test_documented_commands_and_flags_exist(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = importlib.import_module(f"{package}.cli").main
-    text = "\n".join(page.read_text() for page in PAGES)
-    # In shell blocks and in inline code: the words after the program name, up to the first option or path.
-    found = re.findall(rf"(?:^|`|\.venv/bin/){program}((?: [a-z][a-z-]*\b(?![./=]))+)", text, flags=re.MULTILINE)
-    commands = {tuple(words.split())[:2] for words in found}
-    for name in sorted({words[0] for words in commands}):
-        monkeypatch.setattr(sys, "argv", [program, name, "--help"])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        shown = capsys.readouterr().out
-        assert not stopped.value.code, f"documented, but unknown: {program} {name}"
-        second = {words[1] for words in commands if words[0] == name and len(words) == 2}
-        unknown = {word for word in second if word not in shown}
-        assert not unknown, f"documented, but unknown: {program} {name} {sorted(unknown)}"
+    flags: dict[tuple[str, ...], set[str]] = {}
+    for call in documented_commands(program):
+        words = itertools.takewhile(lambda word: re.fullmatch(r"[a-z][a-z-]*", word), call)
+        used = {word.split("=")[0] for word in call if word.startswith("--")}
+        flags.setdefault(tuple(words)[:2], set()).update(used)
+    for words, used in sorted(flags.items()):
+        shown = help_of(program, words, monkeypatch, capsys)
+        assert shown is not None, f"documented, but unknown: {program} {' '.join(words)}"
+        unknown = {flag for flag in used if not re.search(rf"{flag}\b(?!-)", shown)}
+        assert not unknown, f"documented, but unknown: {program} {' '.join(words)} {sorted(unknown)}"
+
+
+def test_flags_named_alone_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag in inline code, such as `--resume`, belongs to a command that its page speaks of."""
+    for page in PAGES:
+        text = page.read_text()
+        flags = set(re.findall(r"`(--[a-z][a-z-]*)", text))
+        calls = set(re.findall(r"\bprophet ((?:train |judge )?[a-z][a-z-]*)", text)) if flags else set()
+        shown = "".join(help_of("prophet", tuple(call.split()), monkeypatch, capsys) or "" for call in sorted(calls))
+        unknown = {flag for flag in flags if not re.search(rf"{flag}\b(?!-)", shown)}
+        assert not unknown, f"{page.name}: documented, but unknown: {sorted(unknown)}"
+
+
+def test_documented_examples_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"(?:examples|benchmarks)/\w+\.py", page.read_text())}
+    assert named and not [name for name in named if not (ROOT / name).is_file()]
 
 
 def test_documentation_pages_are_in_the_navigation() -> None:

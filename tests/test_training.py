@@ -133,6 +133,13 @@ def test_world_model_run_leaves_a_loadable_checkpoint(config: WorldModelConfig) 
     frames, _ = world.predict(world.begin([episode.snapshot(0)], [0]), episode.canonical_actions[None, :8])
     assert frames.shape == (1, 8, 64, 64, 3)
     assert seen == [6]
+    onward = replace(config, run=config.run.parent / "onward", init=config.run / "prophet")
+    train_world_model(replace(onward, loop=replace(TINY_LOOP, steps=1, learning_rate=0.0)))
+    first, second = (torch.load(r / "checkpoints" / "last.pt", weights_only=True) for r in (config.run, onward.run))
+    start = [p.half() for p in first["ema"]["shadow_params"]]
+    assert all(torch.equal(a, b.half()) for a, b in zip(start, second["model"].values(), strict=True))
+    with pytest.raises(ValueError, match="another architecture"):
+        train_world_model(replace(onward, run=config.run.parent / "other", num_layers=2))
     assert json.loads((config.run / "config.json").read_text())["loop"]["steps"] == 6
 
 

@@ -36,12 +36,13 @@ def snapshots(tiny_checkpoint: Path) -> SnapshotSet:
     return SnapshotSet.load(tiny_checkpoint / "snapshots")
 
 
-def parity(frames: np.ndarray, instruction: str) -> bool:
-    return bool(frames.astype(np.int64).sum() % 2)
+def brighter(frames: np.ndarray, instruction: str) -> bool:
+    """Says yes to some rollouts; unlike a parity, one grey level of rounding in a batch does not turn it."""
+    return bool(frames[-1].mean() > frames[0].mean())
 
 
 def make(world_model: ProphetWorldModel, snapshots: SnapshotSet, num_envs: int = 3, **options: Any) -> ProphetVectorEnv:
-    defaults = {"horizon": HORIZON, "chunk_length": CHUNK, "judge": parity}
+    defaults = {"horizon": HORIZON, "chunk_length": CHUNK, "judge": brighter}
     return ProphetVectorEnv(world_model, num_envs, snapshots=snapshots, **{**defaults, **options})
 
 
@@ -57,7 +58,7 @@ def close(left: np.ndarray, right: np.ndarray) -> None:
 
 def test_slot_equals_the_lone_env(world_model: Counting, snapshots: SnapshotSet) -> None:
     batch = make(world_model, snapshots, autoreset_mode="SameStep")
-    lone = ProphetEnv(world_model, snapshots=snapshots, horizon=HORIZON, chunk_length=CHUNK, judge=parity)
+    lone = ProphetEnv(world_model, snapshots=snapshots, horizon=HORIZON, chunk_length=CHUNK, judge=brighter)
     start, start_info = batch.reset(seed=[4, 5, 6])
     actions = [chunks(batch, step) for step in range(HORIZON // CHUNK + 1)]
     results = [batch.step(action) for action in actions]
@@ -217,6 +218,80 @@ def test_bad_actions(world_model: Counting, snapshots: SnapshotSet) -> None:
         make(world_model, snapshots, num_envs=0)
 
 
+def test_autoreset_needs_snapshots(world_model: Counting, snapshots: SnapshotSet) -> None:
+    """Said when the environment is made, not when the first slot ends."""
+    for mode in ("NextStep", "SameStep"):
+        with pytest.raises(ValueError, match=f"autoreset_mode='{mode}' without snapshots.*'Disabled'"):
+            ProphetVectorEnv(world_model, 2, horizon=CHUNK, autoreset_mode=mode)
+    env = ProphetVectorEnv(world_model, 2, horizon=CHUNK, chunk_length=CHUNK, autoreset_mode="Disabled", judge=brighter)
+    with pytest.raises(ValueError, match="no snapshots to start from"):
+        env.reset(seed=0)
+    env.reset(seed=0, options={"snapshots": snapshots[:2]})
+    *_, truncated, _ = env.step(chunks(env))
+    assert truncated.all()
+    with pytest.raises(ValueError, match="autoreset_mode='NextStep' without snapshots"):
+        env.fork(2, autoreset_mode="NextStep")
+    _, info = env.reset(options={"reset_mask": np.array([True, False]), "snapshots": [snapshots[3], None]})
+    assert info["instruction"][0] == snapshots[3].instruction
+
+
+def test_finished_slots_reach_neither_model_nor_judge(world_model: Counting, snapshots: SnapshotSet) -> None:
+    """Slot i ends after i + 1 chunks: the model runs on 4, 3, 2, 1 slots, then a reset runs on its own again."""
+
+    class Staggered:
+        calls: list[int] = []
+
+        def __call__(self, frames: np.ndarray, instruction: str) -> Verdict:
+            raise AssertionError("one by one")
+
+        def judge_batch(self, frames: Any, instructions: Any) -> list[Verdict]:
+            self.calls.append(len(frames))
+            limits = {snapshot.instruction: 1 + (i + 1) * CHUNK for i, snapshot in enumerate(snapshots)}
+            done = [len(rollout) >= limits[goal] for rollout, goal in zip(frames, instructions, strict=True)]
+            return [Verdict(success, float(success)) for success in done]
+
+    env = make(
+        world_model, snapshots, 4, autoreset_mode="Disabled", judge=Staggered(), judge_every_chunk=True, horizon=80
+    )
+    env.reset(seed=0, options={"snapshots": list(snapshots)})
+    world_model.batches.clear()
+    for step in range(4):
+        _, reward, terminated, *_ = env.step(chunks(env, step))
+        assert terminated.tolist() == [i <= step for i in range(4)] and reward.sum() == reward[step] == 1
+    assert world_model.batches == Staggered.calls == [4, 3, 2, 1]
+    lengths = [sum(map(len, slot.frames)) for slot in env.slots]
+    assert lengths == [1 + (i + 1) * CHUNK for i in range(4)]
+    with pytest.raises(ValueError, match="after the rollout ended"):
+        env.step(chunks(env))
+    env.reset(options={"reset_mask": np.array([False, False, True, False])})
+    env.step(chunks(env))
+    assert world_model.batches == Staggered.calls == [4, 3, 2, 1, 1]
+
+
+def test_a_refused_state_changes_no_slot(world_model: Counting, snapshots: SnapshotSet) -> None:
+    env = make(world_model, snapshots, horizon=80)
+    env.reset(seed=0)
+    env.step(chunks(env))
+    saved = env.get_state()
+    expected = env.step(chunks(env, 1))
+    env.set_state(saved)
+    other = env.fork(1)
+    other.step(chunks(env, 2))
+    foreign = other.get_state()
+    foreign["slots"][2] = {**foreign["slots"][2], "num_commands": "16"}
+    mask = np.array([True, False, True])
+    for state, chosen, message in (
+        (foreign, None, "Slot 2 of the state is malformed: num_commands is '16'; expected int"),
+        (saved, mask, "3 slots, but 2"),
+        ({**saved, "slots": saved["slots"][:2]}, mask, r"frames is torch.uint8 \(3, 48, 48, 3\), expected .*\(2, 48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.set_state(state, chosen)
+    with pytest.raises(ValueError, match="not started"):
+        make(world_model, snapshots).set_state(other.get_state(mask), mask)
+    np.testing.assert_array_equal(env.step(chunks(env, 1))[4]["frames"], expected[4]["frames"])
+
+
 def test_partial_state(world_model: Counting, snapshots: SnapshotSet) -> None:
     env = make(world_model, snapshots, horizon=80)
     env.reset(seed=0)
@@ -257,7 +332,7 @@ def test_mixed_ages_share_a_batch(world_model: Counting, snapshots: SnapshotSet)
     env.reset(seed=10, options={"reset_mask": np.array([True, False, False])})
     env.step(chunks(env, 1, length=6))
     _, _, _, _, info = env.step(chunks(env, 2))
-    lone = ProphetEnv(world_model, snapshots=snapshots, horizon=80, chunk_length=CHUNK, judge=parity)
+    lone = ProphetEnv(world_model, snapshots=snapshots, horizon=80, chunk_length=CHUNK, judge=brighter)
     for i, seed in enumerate([10, 1, 2]):
         lone.reset(seed=seed)
         if i > 0:

@@ -40,6 +40,8 @@ class WorldModelConfig:
     """Run folder; the checkpoint ends in RUN/prophet."""
     cache: Path = Path("runs/cache")
     """Folder of decoded clips and latents."""
+    init: Path | None = None
+    """Checkpoint whose denoiser the run starts from (same architecture); by default fresh weights."""
     validation: Path | None = None
     """Folder of held-out episodes for evaluation during training."""
     name: str = "tiny"
@@ -287,6 +289,12 @@ def train_world_model(
             action_frames=config.action_frames,
         )
     )
+    if config.init is not None:
+        source = load_network(ProphetTransformer, Path(config.init) / "transformer", torch.float32)
+        try:
+            transformer.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{config.init}: its denoiser has another architecture than this run ({error})") from error
     prophet_config = ProphetConfig(
         name=config.name,
         trained_on=config.trained_on or f"{len(clips)} episodes of {Path(config.data).name}",
