@@ -161,7 +161,7 @@ def world_model():
     transformer = ProphetTransformer(
         latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, text_embed_dim=None,
         adaln_lora_dim=8, max_size=(16, 8, 8), patch_size=(1, 1, 1), chunk_length=4, num_effectors=1,
-        scalar_hidden_dim=16, action_frames="none", memory_strides=((1, 2, 2),),
+        scalar_hidden_dim=16, action_frames="none", memory_levels=((0, 2, 1, 2, 2),), memory_gate=1.0,
     )  # fmt: skip
     spec = ACTION_SPECS["tabletop"]
     config = ProphetConfig(image_size=(SIZE, SIZE), history_frames=8, num_inference_steps=2, action_spec=spec)

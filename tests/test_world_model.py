@@ -114,7 +114,7 @@ def test_history_of_slots_with_different_waiting_frames(world, starts) -> None:
     assert after.tail_count.tolist() == [1, 2]
     for slot in range(2):
         _, lone = world.predict(mixed.select([slot]), commands(2, 6)[slot : slot + 1])
-        torch.testing.assert_close(after.history[slot], lone.history[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(after.history[slot], lone.history[0], atol=5e-3, rtol=1e-3)  # one grey level
         assert (after.tail[slot].int() - lone.tail[0].int()).abs().max() <= 1
 
 
