@@ -194,7 +194,13 @@ def fit_judge(
     }
     judge.config = dataclasses.replace(judge.config, threshold=threshold, trained_on=summary)
     metrics = {
-        "config": dataclasses.asdict(config),
+        # Folder names, not paths: the file travels with the judge.
+        "config": {
+            **dataclasses.asdict(config),
+            "data": [Path(folder).name for folder in config.data],
+            "val": Path(config.val).name,
+            "output": Path(config.output).name,
+        },
         "history": history,
         "threshold": threshold,
         "validation": evaluate_judge(judge, val, seed=config.seed),
