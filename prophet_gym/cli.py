@@ -216,6 +216,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Run the command line; a bad input or a missing system library is one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it reports every optional accelerator that is absent
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

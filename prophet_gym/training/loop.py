@@ -21,6 +21,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..strict_json import to_json
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -236,5 +238,6 @@ def train_loop(
 def _log(run: Path, accelerator: Accelerator, line: dict[str, float]) -> None:
     if accelerator.is_main_process:
         with (run / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+            stream.write(to_json(line, indent=None))
+        numbers = {k: v for k, v in line.items() if k != "step" and v is not None}
+        accelerator.log(numbers, step=int(line["step"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..metrics.fidelity import psnr_per_frame
+from ..strict_json import to_json
 from ..world_model.codec import VideoCodec
 from ..world_model.video_vae import FoldedVideoVAE
 from .clips import ClipArrays, load_clips
@@ -122,7 +122,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.half().save_pretrained(run / "vae")
     metrics = evaluate(vae.float(), config.loop.steps)
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (run / "metrics.json").write_text(to_json(metrics))
     return metrics
 
 
