@@ -306,7 +306,7 @@ def _require_interface(interface: str) -> None:
 def _remedy(world: World) -> str:
     return (
         "Train some on a folder of episodes of that robot:\n"
-        "  prophet train vae --data EPISODES\n"
+        "  prophet train vae --data EPISODES --validation HELD_OUT\n"
         "  prophet train world-model --data EPISODES --vae runs/vae/vae\n"
         f'then gym.make("{world.id}", checkpoint="runs/world-model/prophet").'
     )
