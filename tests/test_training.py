@@ -125,6 +125,22 @@ def test_codec_learns_and_is_saved_with_its_statistics(data: Path, tmp_path: Pat
     assert list((run / "pictures").glob("*.png"))
 
 
+def test_decoder_alone_can_be_trained_on(data: Path, vae_folder: Path, tmp_path: Path) -> None:
+    """The encoder and its statistics stay, so that denoisers trained on its latents remain valid."""
+    config = VAEConfig(
+        data=data, validation=data, run=tmp_path / "run", cache=tmp_path / "c", init=vae_folder, decoder_only=True,
+        difference_weight=1.0, loop=TINY_LOOP,
+    )  # fmt: skip
+    train_vae(config)
+    before, after = (FoldedVideoVAE.from_pretrained(folder) for folder in (vae_folder, tmp_path / "run" / "vae"))
+    assert after.config.latents_mean == before.config.latents_mean
+    for name, weight in before.half().float().state_dict().items():
+        same = torch.equal(weight, after.float().state_dict()[name])
+        assert same == name.startswith("encoder"), name
+    with pytest.raises(ValueError, match="without init"):
+        replace(config, init=None)
+
+
 def test_world_model_run_leaves_a_loadable_checkpoint(config: WorldModelConfig) -> None:
     seen = []
     train_world_model(config, evaluate=lambda world, step: seen.append(step) or {"score": 1.0})

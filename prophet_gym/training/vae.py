@@ -14,6 +14,7 @@ from torch import Tensor
 from ..metrics.fidelity import psnr_per_frame
 from ..strict_json import to_json
 from ..world_model.codec import VideoCodec
+from ..world_model.prophet import load_network
 from ..world_model.video_vae import FoldedVideoVAE
 from .clips import ClipArrays, load_clips
 from .loop import LoopConfig, prepare_run, train_loop
@@ -33,6 +34,12 @@ class VAEConfig:
     """Run folder; the codec ends in RUN/vae."""
     cache: Path = Path("runs/cache")
     """Folder for decoded clips, shared with the world model's run."""
+    init: Path | None = None
+    """Codec to start from (same architecture); by default fresh weights."""
+    decoder_only: bool = False
+    """Leave the encoder of ``init`` as it is, so that its latents, and denoisers trained on them, stay valid."""
+    difference_weight: float = 0.0
+    """Weight of the squared error of differences between neighbouring frames, which punishes flicker."""
     latent_channels: int = 32
     """Channels of a latent frame."""
     channels: int = 96
@@ -45,6 +52,10 @@ class VAEConfig:
     """Optimisation."""
     resume: bool = False
     """Continue an interrupted run."""
+
+    def __post_init__(self) -> None:
+        if self.decoder_only and self.init is None:
+            raise ValueError("decoder_only=True without init: expected the codec whose encoder is kept")
 
 
 def median_image(clips: ClipArrays, count: int = 512, seed: int = 0) -> np.ndarray:
@@ -83,7 +94,12 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     clips = load_clips(config.data, Path(config.cache) / "train")
     held_out = load_clips(config.validation, Path(config.cache) / "validation")
     torch.manual_seed(config.loop.seed)
-    vae = FoldedVideoVAE(config.latent_channels, config.channels).to(memory_format=torch.channels_last)
+    if config.init is None:
+        vae = FoldedVideoVAE(config.latent_channels, config.channels)
+    else:
+        vae = load_network(FoldedVideoVAE, Path(config.init), torch.float32)
+        vae.encoder.requires_grad_(not config.decoder_only)
+    vae = vae.to(memory_format=torch.channels_last)
     background = to_unit(median_image(clips)[None, None])
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
@@ -102,6 +118,9 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         foreground = ((now - background.to(now)).abs().amax(1, keepdim=True) > 0.15).float()
         weight = 1.0 + config.foreground_weight * foreground
         error = (weight * (decoded - now).square()).mean()
+        if config.difference_weight:
+            steps = [x.unflatten(0, (len(video), -1)).transpose(1, 2).flatten(2, 3).diff(dim=2) for x in (decoded, now)]
+            error = error + config.difference_weight * (steps[0] - steps[1]).square().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
         plain = (decoded.detach() - now).square().mean().item()
         return error + config.kl_weight * kl, {"psnr": -10 * np.log10(plain / 4), "kl": kl.item()}
@@ -118,8 +137,9 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
 
     vae = train_loop(vae, loss_fn, config.loop, run, accelerator=accelerator, resume=config.resume, evaluate=evaluate)
     accelerator.end_training()
-    mean, std = latent_statistics(vae, clips)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    if not config.decoder_only:
+        mean, std = latent_statistics(vae, clips)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.half().save_pretrained(run / "vae")
     metrics = evaluate(vae.float(), config.loop.steps)
     (run / "metrics.json").write_text(to_json(metrics))
