@@ -1,8 +1,8 @@
 """Ablation of action conditioning and history: equal data, codec, size, seed and steps; one table.
 
-``python benchmarks/conditioning.py --data TRAIN --validation VAL --vae runs/vae/vae --steps 1500`` trains a denoiser
+``python benchmarks/conditioning.py --data TRAIN --validation VAL --vae runs/vae/vae --steps 1000`` trains a denoiser
 for each variant and evaluates all of them on the same held-out episodes. On 2 CPU cores a step of 32 samples takes
-about 0.7 s, so the default takes about an hour; finished variants are kept, interrupted ones continue.
+about 0.7 s, so the default takes about 40 minutes; finished variants are kept, interrupted ones continue.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tyro
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.metrics.evaluate import evaluate_world_model
 from prophet_gym.strict_json import to_json
-from prophet_gym.training.loop import LoopConfig
-from prophet_gym.training.world_model import WorldModelConfig, train_world_model
+from prophet_gym.training.presets import WORLD_MODEL_TINY
+from prophet_gym.training.world_model import train_world_model
 from prophet_gym.world_model.prophet import ProphetWorldModel
 
 VARIANTS = {
@@ -48,7 +48,7 @@ class Config:
     """Run folders and tables go here."""
     cache: Path = Path("runs/cache")
     """Decoded clips and latents."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimiser steps of 32 samples per variant."""
     episodes: int = 64
     """Held-out episodes."""
@@ -61,18 +61,18 @@ class Config:
 def run_variant(config: Config, variant: str) -> dict:
     """Train one variant, unless it is there, and evaluate it."""
     run = config.out / variant
-    training = WorldModelConfig(
+    training = replace(
+        WORLD_MODEL_TINY,
         data=config.data,
         vae=config.vae,
         run=run,
         cache=config.cache,
         name=f"ablation-{variant}",
         action_frames={"scalar": "none"}.get(variant, variant),
-        loop=LoopConfig(
-            steps=config.steps, muon_learning_rate=1e-3, warmup_steps=100, decay_fraction=0.4, ema_decay=0.99,
-            save_every=200, eval_every=0, seed=config.seed,
+        loop=replace(
+            WORLD_MODEL_TINY.loop, steps=config.steps, ema_decay=0.99, save_every=100, eval_every=0, seed=config.seed
         ),
-    )  # fmt: skip
+    )
     if not (run / "prophet" / "prophet.json").exists():
         train_world_model(replace(training, resume=(run / "checkpoints" / "last.pt").exists()))
     world = ProphetWorldModel.from_pretrained(run / "prophet")

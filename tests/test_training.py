@@ -18,12 +18,17 @@ from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
+from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import encode_clips, load_clips
+from prophet_gym.training.config import WorldModelConfig
 from prophet_gym.training.loop import LoopConfig
+from prophet_gym.training.objective import velocity_loss
+from prophet_gym.training.self_rollout import SelfRollout
 from prophet_gym.training.vae import VAEConfig, train_vae
-from prophet_gym.training.world_model import ChunkSampler, WorldModelConfig, train_world_model, velocity_loss
+from prophet_gym.training.world_model import start_from, train_world_model
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
+from prophet_gym.world_model.sampler import slot_noise
 from prophet_gym.world_model.transformer import ProphetTransformer
 from prophet_gym.world_model.video_vae import FoldedVideoVAE
 
@@ -191,7 +196,7 @@ def test_killed_run_resumes(config: WorldModelConfig, tmp_path: Path) -> None:
     ]
     checkpoint = run / "checkpoints" / "last.pt"
     process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -232,13 +237,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(
     assert torch.load(config.run / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
 
 
-def test_batches_depend_on_the_step_alone_and_history_is_as_in_rollout(
-    config: WorldModelConfig, tmp_path: Path
-) -> None:
-    clips = load_clips(config.data, tmp_path / "clips", drawn_size=(32, 32))
-    vae = FoldedVideoVAE.from_pretrained(config.vae)
-    latents = encode_clips(vae, clips, tmp_path / "latents")
-    sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
+def test_batches_depend_on_the_step_alone_and_history_is_as_in_rollout(sampler: ChunkSampler) -> None:
+    clips, vae = sampler.clips, sampler.vae
     first, again = sampler(7, 4), sampler(7, 4)
     assert torch.equal(first.latents, again.latents) and torch.equal(first.actions, again.actions)
 
@@ -267,6 +267,78 @@ def test_batches_depend_on_the_step_alone_and_history_is_as_in_rollout(
     torch.testing.assert_close(batch.action_frames, small, atol=1.5 / 127.5, rtol=0)
     padded = batch.actions[0, 10:, 0]
     assert (padded[:, :6] == 0).all() and (padded[:, 6] == -1).all()
+
+
+def test_deeper_checkpoint_starts_a_shallower_run(tmp_path: Path) -> None:
+    deep, shallow = (ProphetTransformer(**preset("tiny", num_attention_heads=1, num_layers=n)) for n in (4, 3))
+    deep.save_pretrained(tmp_path / "transformer")
+    start_from(shallow, tmp_path)
+    for block, source in zip(shallow.transformer_blocks, (0, 2, 3), strict=True):  # 1.5 rounds to even
+        assert_same(block.state_dict(), deep.transformer_blocks[source].state_dict())
+    assert torch.equal(shallow.proj_out.weight, deep.proj_out.weight)
+
+
+@pytest.fixture
+def sampler(config: WorldModelConfig, tmp_path: Path) -> ChunkSampler:
+    clips = load_clips(config.data, tmp_path / "clips", drawn_size=(32, 32))
+    vae = FoldedVideoVAE.from_pretrained(config.vae)
+    latents = encode_clips(vae, clips, tmp_path / "latents")
+    return ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
+
+
+def test_object_coverage_lies_where_the_object_is(sampler: ChunkSampler) -> None:
+    batch = sampler.gather(np.array([2]), np.array([4]), 6, np.array([0]), np.array([1]))
+    path = sampler.clips.object_px[2]
+    assert batch.coverage.shape == (1, 2, 8, 8)
+    torch.testing.assert_close(batch.coverage.sum(dim=(2, 3)), torch.ones(1, 2))
+    grid = torch.arange(8) * 8 + 3.5  # centres of the latent positions in pixels
+    for group, frames in enumerate(([5, 6, 7, 8], [9, 10, 10, 10])):  # after the clip the scene holds still
+        u = (batch.coverage[0, group].sum(dim=0) * grid).sum()
+        v = (batch.coverage[0, group].sum(dim=1) * grid).sum()
+        assert (float(u), float(v)) == pytest.approx(tuple(path[frames].mean(axis=0)), abs=1e-3)
+    sampler.clips = replace(sampler.clips, object_px=np.full_like(path, np.nan)[None].repeat(3, axis=0))
+    assert (sampler.gather(np.array([2]), np.array([4]), 6, np.array([0]), np.array([1])).coverage == 0).all()
+
+
+def test_training_rollout_is_the_rollout_of_the_world_model(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+    """The start latent and the history it hands on are those that ``predict`` leaves in the rollout state."""
+    torch.manual_seed(1)
+    shape = preset("tiny", latent_channels=8, num_attention_heads=1, num_layers=1)
+    transformer = ProphetTransformer(**shape)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+    config = replace(config, num_inference_steps=1)
+    rollout = SelfRollout(sampler, transformer, sampler.vae, config)
+    batch = sampler.gather(np.array([1]), np.array([0]), 12, np.array([0]), np.array([0]))
+    world = ProphetWorldModel(transformer, sampler.vae, ProphetConfig(action_spec=SPEC, num_inference_steps=1))
+    episode = square_episode(1)
+    state = world.begin([episode.snapshot(0)], [0])
+    noise = slot_noise(state.seeds, state.env_step, (8, 3, 8, 8))
+    batch = replace(batch, latents=torch.cat([world.codec.encode(state.frames[:, None]), batch.latents[:, :, 1:]], 2))
+    batch = replace(batch, history=state.history)
+    with torch.no_grad():
+        start, history = rollout.advance(batch, noise)
+        _, after = world.predict(state, episode.canonical_actions[None, :12])
+    # Drawn action frames are stored as averaged bytes, so latents differ by a little; a grey level is about 0.02.
+    torch.testing.assert_close(start, world.codec.encode(after.frames[:, None]), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(history, after.history, atol=0.05, rtol=0.05)
+
+
+def test_training_rollout_keeps_the_recorded_target(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+    transformer = ProphetTransformer(**preset("tiny", latent_channels=8, num_attention_heads=1, num_layers=1))
+    rollout = SelfRollout(sampler, transformer, sampler.vae, replace(config, self_rollout=1.0, num_inference_steps=1))
+    due = [rollout.due(step) for step in range(config.loop.steps)]
+    assert not due[0] and all(due[2:])  # grows over the first fifth of six steps
+    for step in range(6):
+        batch, again = rollout(step, 2), rollout(step, 2)
+        assert torch.equal(batch.latents, again.latents) and torch.equal(batch.history, again.history)
+        assert batch.latents.shape[2] == 1 + batch.coverage.shape[1]
+        stored = torch.from_numpy(np.ascontiguousarray(sampler.latents.group)).float().flatten(0, 1)
+        target = batch.latents[0, :, 1]
+        if batch.actions[0, 3, 0, 6] >= 0:  # at least one complete group
+            assert (stored - target).abs().amax(dim=(1, 2, 3)).min() == 0
+        start = batch.latents[0, :, 0]
+        singles = torch.from_numpy(np.ascontiguousarray(sampler.latents.single)).float().flatten(0, 1)
+        assert (singles - start).abs().amax(dim=(1, 2, 3)).min() > 0.05  # imagined, not recorded
 
 
 def test_bad_data(config: WorldModelConfig, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class ClipArrays:
         frames: (E, T + 1, H, W, 3) uint8.
         actions: canonical commands (E, T, N, 7) float32.
         drawn: action frames at a reduced size, (E, T + 1, h, w, 3) uint8; None where cameras are missing.
-        eventful: (E, T) bool, where a labelled object moved with command t.
+        object_px: centroids (u, v) of the labelled object in pixels, (E, T + 1, 2) float32; NaN without a label.
         action_spec: conventions the commands came in.
         content: digest of the files the arrays were made from.
     """
@@ -39,12 +39,18 @@ class ClipArrays:
     frames: np.ndarray
     actions: np.ndarray
     drawn: np.ndarray | None
-    eventful: np.ndarray
+    object_px: np.ndarray
     action_spec: ActionSpec
     content: str
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    @property
+    def eventful(self) -> np.ndarray:
+        """(E, T) bool, where the labelled object moved with command t by more than 0.3 pixels."""
+        moved = np.linalg.norm(np.diff(self.object_px, axis=1), axis=2)
+        return np.nan_to_num(moved) > 0.3
 
 
 def load_clips(
@@ -68,7 +74,7 @@ def load_clips(
     first = episodes[0]
     if drawn_size and first.camera is None:
         raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
-    stamp = {"content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
+    stamp = {"layout": 2, "content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
     index = cache / "clips.json"
     if not (index.is_file() and json.loads(index.read_text()) == stamp):
         cache.mkdir(parents=True, exist_ok=True)
@@ -77,7 +83,7 @@ def load_clips(
         temporary = index.with_suffix(".tmp")
         temporary.write_text(json.dumps(stamp))
         os.replace(temporary, index)
-    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("frames", "actions", "eventful")}
+    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("frames", "actions", "object_px")}
     drawn = np.load(cache / "drawn.npy", mmap_mode="r") if (cache / "drawn.npy").exists() else None
     return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=stamp["content"])
 
@@ -101,7 +107,7 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
 
     frames = create("frames", (length, height, width, 3), np.uint8)
     actions = create("actions", (length - 1, num_effectors, 7), np.float32)
-    eventful = create("eventful", (length - 1,), np.bool_)
+    object_px = create("object_px", (length, 2), np.float32)
     (cache / "drawn.npy").unlink(missing_ok=True)
     drawn = create("drawn", (length, *drawn_size, 3), np.uint8) if drawn_size else None
 
@@ -115,9 +121,7 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
         frames[i] = episode.frames
         commands = episode.action_spec.to_canonical(episode.actions)
         actions[i] = pad_effectors(commands, num_effectors)
-        if "block_px" in episode.labels:
-            moved = np.linalg.norm(np.diff(episode.labels["block_px"], axis=0), axis=1)
-            eventful[i] = np.nan_to_num(moved) > 0.3  # pixels between two frames
+        object_px[i] = episode.labels.get("block_px", np.nan)
         if drawn is not None:
             if episode.camera is None:
                 raise ValueError(f"episode {episode.name}: no camera, but the first episode has one")

@@ -7,9 +7,9 @@ from typing import Any
 
 import tyro
 
+from .config import WorldModelConfig
 from .loop import LoopConfig
 from .vae import VAEConfig
-from .world_model import WorldModelConfig
 
 _DATA: Any = tyro.MISSING  # required on the command line
 
@@ -37,8 +37,12 @@ WORLD_MODEL_TINY = WorldModelConfig(
     name="prophet-tabletop-tiny",
     eventful=0.6,
     timestep_shift=8.0,
+    first_step=0.5,
     motion_weight=3.0,
-    num_inference_steps=2,
+    object_weight=16.0,
+    self_rollout=0.35,
+    num_layers=5,
+    num_inference_steps=1,
     loop=LoopConfig(
         steps=6000,
         muon_learning_rate=1e-3,

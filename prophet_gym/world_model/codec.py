@@ -29,6 +29,7 @@ class VideoCodec:
     """
 
     temporal_stride = 4
+    spatial_stride = 8
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae

@@ -1,0 +1,158 @@
+"""Training batches: chunks of recorded episodes with the history that a rollout would have where they start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..actions import pad_chunk
+from ..world_model.codec import VideoCodec
+from ..world_model.video_vae import FoldedVideoVAE
+from .clips import ClipArrays, LatentArrays
+from .config import WorldModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkBatch:
+    """One mini-batch: B clips of L commands, T = 1 + ceil(L / 4) latent frames.
+
+    Attributes:
+        latents: clean latents (B, z, T, h, w); frame 0 is the start frame.
+        history: (B, z, T_hist, h, w), oldest first.
+        actions: commands padded to the chunk length, (B, C, N, 7).
+        action_frames: drawn actions (B, 3, 1 + 4 (T - 1), h, w) in [-1, 1], for "pooled" their latents, or None.
+        coverage: how much of each latent position the labelled object covers, (B, T - 1, h, w), about 0 to 1.
+    """
+
+    latents: Tensor
+    history: Tensor
+    actions: Tensor
+    action_frames: Tensor | None
+    coverage: Tensor
+
+
+class ChunkSampler:
+    """Draws batches from recorded clips; batch i is a function of (seed, i)."""
+
+    def __init__(
+        self, clips: ClipArrays, latents: LatentArrays, config: WorldModelConfig, *, chunk_length: int, history: int,
+        vae: FoldedVideoVAE,
+    ) -> None:  # fmt: skip
+        self.clips, self.latents, self.config, self.vae = clips, latents, config, vae
+        self.chunk_length, self.groups = chunk_length, history // 4
+        self.commands = clips.actions.shape[1]
+        if self.commands < chunk_length:
+            raise ValueError(f"episodes of {self.commands} commands; chunks of {chunk_length} need at least as many")
+        counts = np.concatenate([np.zeros((len(clips), 1), int), np.cumsum(clips.eventful, axis=1)], axis=1)
+        starts = np.arange(0, self.commands - chunk_length + 1, 2)
+        # Full chunks, as (episode, start), in which a labelled object moves in at least three commands.
+        busy = counts[:, starts + chunk_length] - counts[:, starts] >= 3
+        episodes, columns = busy.nonzero()
+        self.eventful = np.stack([episodes, starts[columns]], axis=1)
+
+    def __call__(self, step: int, batch_size: int, length: int | None = None) -> ChunkBatch:
+        """Batch of a step; ``length`` fixes the number of commands."""
+        config = self.config
+        rng = np.random.default_rng([config.loop.seed, 1, step])
+        if length is None:
+            length = self.draw_length(rng)
+        episodes, starts = self.draw(rng, batch_size, length)
+        waiting = np.minimum(2 * (rng.random(batch_size) < 0.2), starts)
+        return self.gather(episodes, starts, length, waiting, self.draw_age(rng, (starts - waiting) // 4))
+
+    def draw_length(self, rng: np.random.Generator) -> int:
+        """Number of commands of a batch."""
+        full = rng.random() < self.config.full_length
+        return self.chunk_length if full else int(rng.integers(1, self.chunk_length + 1))
+
+    def draw(self, rng: np.random.Generator, count: int, length: int, lead: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Episodes and even start frames (count,) of clips of ``length`` commands after at least ``lead`` (even)."""
+        episodes = rng.integers(len(self.clips), size=count)
+        starts = 2 * rng.integers(lead // 2, (self.commands - length) // 2 + 1, size=count)
+        chosen = rng.random(count) < self.config.eventful
+        slack = (self.chunk_length - length) // 2 * 2
+        eventful = self.eventful[self.eventful[:, 1] + slack >= lead]
+        if len(eventful):
+            picks = eventful[rng.integers(len(eventful), size=count)]
+            offset = 2 * rng.integers(np.maximum(lead - picks[:, 1], 0) // 2, slack // 2 + 1)
+            episodes = np.where(chosen, picks[:, 0], episodes)
+            starts = np.where(chosen, picks[:, 1] + offset, starts)
+        return episodes, starts
+
+    def draw_age(self, rng: np.random.Generator, oldest: np.ndarray) -> np.ndarray:
+        """Age (B,) of the rollout that leads to a clip, in groups of four frames, at most ``oldest``."""
+        return np.where(rng.random(len(oldest)) < self.config.old_rollout, oldest, rng.integers(0, oldest + 1))
+
+    def gather(
+        self, episodes: np.ndarray, starts: np.ndarray, length: int, waiting: np.ndarray, age: np.ndarray
+    ) -> ChunkBatch:
+        """Clips with the history that a rollout would have at their start.
+
+        Args:
+            episodes: (B,) indices.
+            starts: (B,) even start frames.
+            length: commands of each clip.
+            waiting: (B,) 0 or 2, frames before the start that wait for their group of four to fill.
+            age: (B,) complete groups since the snapshot of the imagined rollout, which is frame
+                ``start - waiting - 4 age``; the history before it repeats that frame (Alg. 1, line 1).
+        """
+        groups = -(-length // 4)
+        # group[i] codes frames 2 i - 3 ... 2 i, so the j-th group of the clip has 2 i = start + 4 (j + 1).
+        columns = starts[:, None] // 2 + 2 * np.arange(1, groups + 1)
+        whole = length // 4
+        parts = [self.latents.single[episodes, starts // 2][:, None]]
+        if whole:
+            parts.append(self.latents.group[episodes[:, None], columns[:, :whole]])
+        if whole < groups:
+            parts.append(self._partial_group(episodes, starts, length))
+        latents = torch.from_numpy(np.concatenate(parts, axis=1)).float().transpose(1, 2)
+        newest = (starts - waiting) // 2  # group[i] ends at frame 2 i
+        back = np.arange(self.groups)[::-1]
+        history = np.where(
+            (back < age[:, None])[..., None, None, None],
+            self.latents.group[episodes[:, None], np.maximum(newest[:, None] - 2 * back, 0)],
+            self.latents.single[episodes, newest - 2 * age][:, None],
+        )
+        commands = self.clips.actions[episodes[:, None], starts[:, None] + np.arange(length)]
+        frames = None
+        if self.config.action_frames != "none":
+            index = np.minimum(starts[:, None] + np.arange(1 + 4 * groups), (starts + length)[:, None])
+            drawn = torch.from_numpy(self.clips.drawn[episodes[:, None], index])
+            frames = (drawn.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
+        if self.config.action_frames == "pooled":
+            frames = self._encode(frames)
+        return ChunkBatch(
+            latents,
+            torch.from_numpy(history).float().transpose(1, 2),
+            torch.from_numpy(pad_chunk(commands, self.chunk_length)),
+            frames,
+            self._coverage(episodes, starts, length),
+        )
+
+    def _coverage(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+        """Bilinear splat of the object's centroid on the latent grid, averaged over each group of four frames."""
+        index = np.minimum(starts[:, None] + np.arange(1, 1 + 4 * -(-length // 4)), (starts + length)[:, None])
+        centroids = torch.from_numpy(self.clips.object_px[episodes[:, None], index]).float()
+        cell = VideoCodec.spatial_stride
+        near = []
+        for axis, size in ((1, self.latents.single.shape[-2]), (0, self.latents.single.shape[-1])):
+            centres = (torch.arange(size) + 0.5) * cell - 0.5
+            near.append((1.0 - (centroids[..., axis, None] - centres).abs() / cell).clamp(min=0.0))
+        covered = torch.nan_to_num(near[0][..., :, None] * near[1][..., None, :])
+        return covered.unflatten(1, (-1, 4)).mean(dim=2)
+
+    @torch.no_grad()
+    def _encode(self, video: Tensor) -> Tensor:
+        with torch.autocast(self.vae.device.type, enabled=False):
+            return self.vae.encode(video.to(self.vae.device)).cpu()
+
+    def _partial_group(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+        """Latents of the last, incomplete group with its last frame repeated: after the clip, the scene holds still."""
+        index = np.minimum(starts[:, None] + 4 * (length // 4) + np.arange(1, 5), (starts + length)[:, None])
+        frames = torch.from_numpy(self.clips.frames[episodes[:, None], np.concatenate([index[:, :1], index], axis=1)])
+        return (
+            self._encode((frames.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3))[:, :, 1:].transpose(1, 2).half().numpy()
+        )

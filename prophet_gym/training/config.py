@@ -1,0 +1,75 @@
+"""Configuration of a world-model run.
+
+Departures from the paper, each a field: rectified-flow velocity loss, as Cosmos-Predict2 trains (the paper writes noise
+prediction); clips of random length, so that every chunk length works; chunks in which an object moves are drawn more
+often and the object weighs more; the start frame and the history are blurred by a little noise and, in a share of the
+steps, imagined, because in a rollout they are the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .loop import LoopConfig
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """Configuration of a world-model run."""
+
+    data: Path
+    """Folder of training episodes."""
+    vae: Path
+    """Folder of the trained codec."""
+    run: Path = Path("runs/world-model")
+    """Run folder; the checkpoint ends in RUN/prophet."""
+    cache: Path = Path("runs/cache")
+    """Folder of decoded clips and latents."""
+    init: Path | None = None
+    """Checkpoint whose denoiser the run starts from (same architecture); by default fresh weights."""
+    validation: Path | None = None
+    """Folder of held-out episodes for evaluation during training."""
+    name: str = "tiny"
+    """Name of the checkpoint."""
+    trained_on: str = ""
+    """One sentence on the data; default: the folder's name and size."""
+    action_frames: str = "spatial"
+    """"none" (scalar stream alone), "pooled" (Eqs 10 and 11) or "spatial"."""
+    num_attention_heads: int = 4
+    """Attention heads of 64 channels."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    adaln_lora_dim: int = 48
+    """Rank of the AdaLN-LoRA."""
+    full_length: float = 0.7
+    """Share of steps with full chunks; the others draw a length uniformly from 1 to the chunk length."""
+    eventful: float = 0.5
+    """Share of samples from chunks in which a labelled object moves."""
+    old_rollout: float = 0.6
+    """Share of samples whose rollout began with the episode; that of the others began later, at any frame."""
+    condition_noise: float = 0.05
+    """Largest standard deviation of noise on the clean frame and the history, in units of latents."""
+    self_rollout: float = 0.0
+    """Share of steps, reached after a fifth of the run, whose chunks start where the model's own rollout has led."""
+    first_step: float = 0.0
+    """Share of samples at t = 1, the pure noise from which every rollout starts."""
+    timestep_shift: float = 3.0
+    """t = s u / (1 + (s - 1) u) with uniform u, for the other samples."""
+    motion_weight: float = 1.0
+    """Extra loss weight, growing to this value, of latent positions that differ from the start frame."""
+    object_weight: float = 0.0
+    """Extra loss weight of the latent positions that the labelled object covers."""
+    num_inference_steps: int = 4
+    """Denoising steps stored with the checkpoint."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Optimisation."""
+    resume: bool = False
+    """Continue an interrupted run."""
+
+    def __post_init__(self) -> None:
+        if self.action_frames not in ("none", "pooled", "spatial"):
+            raise ValueError(f'action_frames={self.action_frames!r}: expected "none", "pooled" or "spatial"')
+        for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
