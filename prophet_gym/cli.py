@@ -77,6 +77,20 @@ def record(out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: in
     print(f"{made} episodes recorded, {episodes} in {out}")
 
 
+def snapshots(out: Positional[Path], count: int = 64, seed: int = 2_000_000, overwrite: bool = False) -> None:
+    """Save first images of fresh Tabletop scenes: places where rollouts can start, imagined or simulated.
+
+    Args:
+        out: folder of the snapshot set.
+        count: scenes.
+        seed: seed of the first scene; the packaged set has 64 from 2,000,000.
+        overwrite: replace the set that is there.
+    """
+    from .data.record import record_snapshots  # needs MuJoCo
+
+    print(f"{len(record_snapshots(out, count, seed, overwrite=overwrite))} snapshots in {out}")
+
+
 def train(what: TrainingRun) -> None:
     """Train the codec, or the denoiser on its latents; ``-smoke`` is a minute's run to try the pipeline.
 
@@ -207,6 +221,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "info": info,
     "record": record,
+    "snapshots": snapshots,
     "train": train,
     "eval": evaluate,
     "judge": judge,

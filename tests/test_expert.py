@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import prophet_gym
+from prophet_gym import SnapshotSet
 from prophet_gym.data.folder import EpisodeFolder
-from prophet_gym.data.record import DEFAULT_MIX, choose_behaviour, episode_name, record, record_episode
+from prophet_gym.data.record import (
+    DEFAULT_MIX,
+    choose_behaviour,
+    episode_name,
+    record,
+    record_episode,
+    record_snapshots,
+)
 from prophet_gym.sims.expert import BEHAVIOURS, ExpertConfig, ScriptedExpert, sample_config
 from prophet_gym.sims.tabletop import TabletopSim
 
@@ -97,6 +108,27 @@ def test_recorded_episode_holds_what_was_played(sim):
         assert np.array_equal(sim.block_pos, episode.labels["block_pos"][t])
         sim.step(action)
     assert np.array_equal(sim.render(), episode.frames[-1])
+
+
+@pytest.mark.render
+def test_snapshots_are_where_episodes_of_those_seeds_begin(sim, tmp_path):
+    taken = record_snapshots(tmp_path / "starts", 2, seed=12)
+    episode = record_episode(sim, 13, steps=1)
+    assert np.array_equal(taken[1].image, episode.frames[0])
+    assert np.array_equal(taken[1].simulator_state, episode.simulator_state)
+    assert len(record_snapshots(tmp_path / "starts", 1, seed=12, overwrite=True)) == 1
+    with pytest.raises(ValueError, match="count=0"):
+        record_snapshots(tmp_path / "none", 0)
+
+
+@pytest.mark.render
+def test_packaged_snapshots_can_be_made_again(tmp_path):
+    packaged = SnapshotSet.load(Path(prophet_gym.__file__).parent / "assets" / "tabletop" / "snapshots")
+    again = record_snapshots(tmp_path / "starts", 3, seed=2_000_000)
+    for made, kept in zip(again, packaged[:3], strict=True):
+        assert made.name == kept.name and made.instruction == kept.instruction
+        assert np.array_equal(made.simulator_state, kept.simulator_state)
+        assert np.abs(made.image.astype(int) - kept.image).max() <= 2  # renderers round differently
 
 
 @pytest.mark.render

@@ -20,6 +20,7 @@ from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
 from prophet_gym.sims.expert import BEHAVIOURS, FAILURES, ScriptedExpert, sample_config
 from prophet_gym.sims.tabletop import TabletopSim
+from prophet_gym.snapshot import SnapshotSet
 
 DEFAULT_MIX: Mapping[str, float] = {
     "expert": 0.35,
@@ -136,6 +137,30 @@ def record(
                 pool.shutdown(cancel_futures=True)
                 raise
     return len(missing)
+
+
+def record_snapshots(out: str | os.PathLike[str], count: int, seed: int = 0, *, overwrite: bool = False) -> SnapshotSet:
+    """Save the first image of ``count`` fresh scenes, with poses, camera and simulator state, as a snapshot set.
+
+    Args:
+        out: Folder of the set.
+        count: Number of scenes; scene i has seed ``seed + i``, and so shows what episode ``seed + i`` starts from.
+        seed: Seed of the first scene.
+        overwrite: Replace the set that is there.
+
+    Raises:
+        ValueError: Counts are out of range, or the folder holds a set and ``overwrite`` is off.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"record_snapshots() got count={count}, seed={seed}; expected at least 1 and at least 0.")
+    sim, snapshots = TabletopSim(), []
+    for i in range(seed, seed + count):
+        sim.reset(seed=i)
+        snapshots.append(sim.snapshot(f"tabletop_{i}"))
+    sim.close()
+    taken = SnapshotSet(snapshots)
+    taken.save(out, overwrite=overwrite)
+    return taken
 
 
 def choose_behaviour(seed: int, mix: Mapping[str, float]) -> str:
