@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ..arguments import known_options, per_slot
 
-__all__ = ["SlotEnv", "make_sync_vector_env"]
+__all__ = ["HoldingSyncVectorEnv", "SlotEnv", "make_sync_vector_env"]
 
 
 class SlotEnv(gym.Wrapper):
     """Slot ``index`` of a vector environment: takes its own entry of ``options["snapshots"]``.
 
-    Gymnasium hands the same options to every slot; here slot i starts from snapshot i.
+    Gymnasium hands the same options to every slot; here slot i starts from snapshot i. After its episode ended the slot
+    is held until the next reset: a step looks at no action and returns the last observation and flags, reward 0 and an
+    empty info.
     """
 
     def __init__(self, env: gym.Env, index: int, num_envs: int) -> None:
         super().__init__(env)
         self.index, self.num_envs = index, num_envs
+        self.held: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts an episode, from ``options["snapshots"][index]`` if that is given and not None.
@@ -31,14 +36,48 @@ class SlotEnv(gym.Wrapper):
         """
         options = known_options(options, ("snapshots",))
         snapshot = per_slot("options['snapshots']", options.get("snapshots"), self.num_envs)[self.index]
-        return self.env.reset(seed=seed, options={} if snapshot is None else {"snapshot": snapshot})
+        observation, info = self.env.reset(seed=seed, options={} if snapshot is None else {"snapshot": snapshot})
+        self.held = None
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Executes a chunk, unless the episode has ended."""
+        if self.held is not None:
+            return self.held
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            self.held = copy.deepcopy(observation), 0.0, terminated, truncated, {}
+        return observation, reward, terminated, truncated, info
 
 
-def make_sync_vector_env(make: Callable[[], gym.Env], num_envs: int, autoreset_mode: AutoresetMode) -> SyncVectorEnv:
-    """Returns Gymnasium's serial vector environment over ``num_envs`` calls of ``make``.
+class HoldingSyncVectorEnv(SyncVectorEnv):
+    """Gymnasium's serial vector environment over :class:`SlotEnv`, with finished slots held if autoreset is disabled.
+
+    As in :class:`prophet_gym.ProphetVectorEnv`: their observations and flags stay, their reward is 0, their actions are
+    not looked at, their info masks are False, and they cost nothing.
+    """
+
+    envs: list[SlotEnv]
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Takes one chunk in every running slot.
+
+        Raises:
+            ValueError: every slot is held.
+        """
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            if all(slot.held is not None for slot in self.envs):
+                raise ValueError("step() after every episode ended: call reset() first.")
+            self._autoreset_envs[:] = False  # where Gymnasium would stop for a slot that has not been reset
+        return super().step(actions)
+
+
+def make_sync_vector_env(
+    make: Callable[[], gym.Env], num_envs: int, autoreset_mode: AutoresetMode
+) -> HoldingSyncVectorEnv:
+    """Returns a serial vector environment over ``num_envs`` calls of ``make``.
 
     ``reset`` takes ``options={"snapshots": [...], "reset_mask": mask}`` like :class:`prophet_gym.ProphetVectorEnv`.
-    With ``AutoresetMode.DISABLED`` finished slots must be reset before the next step, as Gymnasium asks.
     """
     slots = [lambda i=i: SlotEnv(make(), i, num_envs) for i in range(num_envs)]
-    return SyncVectorEnv(slots, autoreset_mode=autoreset_mode)
+    return HoldingSyncVectorEnv(slots, autoreset_mode=autoreset_mode)
