@@ -139,6 +139,7 @@ def test_decoder_alone_can_be_trained_on(data: Path, vae_folder: Path, tmp_path:
     train_vae(config)
     before, after = (FoldedVideoVAE.from_pretrained(folder) for folder in (vae_folder, tmp_path / "run" / "vae"))
     assert after.config.latents_mean == before.config.latents_mean
+    assert str(vae_folder) not in (tmp_path / "run" / "vae" / "config.json").read_text()  # no path of this machine
     for name, weight in before.half().float().state_dict().items():
         same = torch.equal(weight, after.float().state_dict()[name])
         assert same == name.startswith("encoder"), name

@@ -140,6 +140,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     if not config.decoder_only:
         mean, std = latent_statistics(vae, clips)
         vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.register_to_config(_name_or_path="")  # diffusers would store where the initial weights were loaded from
     vae.half().save_pretrained(run / "vae")
     metrics = evaluate(vae.float(), config.loop.steps)
     (run / "metrics.json").write_text(to_json(metrics))
