@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["MissingCheckpointError", "nearest"]
+__all__ = ["MissingCheckpointError", "MissingExtraError", "nearest"]
 
 
 class MissingCheckpointError(ValueError):
     """No weights for a world; the message holds the command that gets or trains some."""
+
+
+class MissingExtraError(ValueError):
+    """A package of an extra is not installed; the message holds the pip line that brings it."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

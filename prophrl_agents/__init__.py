@@ -6,22 +6,70 @@ weights and answer one contract (``policies``). This package imports ``prophet_g
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from prophrl_agents.advantages import chunk_mask, dynamic_sampling_mask, group_advantages, zero_variance_groups
+from prophrl_agents.batch import RolloutBatch, Start
+from prophrl_agents.config import TrainConfig
 from prophrl_agents.flowscale import flowscale_weights
+from prophrl_agents.governor import Governor, GovernorReport, GovernorRules, JudgeReference, SimulatorReference
 from prophrl_agents.losses import fa_grpo_loss, flow_grpo_loss
 from prophrl_agents.policies import FlowPolicy, FlowSample, PolicyStatistics, SmallFlowPolicy, SmallFlowPolicyConfig
 
+if TYPE_CHECKING:
+    from prophrl_agents.evaluate import Comparison, Evaluation, compare, evaluate_policy, evaluate_starts
+    from prophrl_agents.rollout import collect_groups
+    from prophrl_agents.trainer import GRPOTrainer, TrainResult
+
+_HOMES = {  # loaded when first used: they bring the world model's libraries with them
+    "Comparison": "evaluate",
+    "Evaluation": "evaluate",
+    "GRPOTrainer": "trainer",
+    "TrainResult": "trainer",
+    "collect_groups": "rollout",
+    "compare": "evaluate",
+    "evaluate_policy": "evaluate",
+    "evaluate_starts": "evaluate",
+}
+
 __all__ = [
+    "Comparison",
+    "Evaluation",
     "FlowPolicy",
     "FlowSample",
+    "GRPOTrainer",
+    "Governor",
+    "GovernorReport",
+    "GovernorRules",
+    "JudgeReference",
     "PolicyStatistics",
+    "RolloutBatch",
+    "SimulatorReference",
     "SmallFlowPolicy",
     "SmallFlowPolicyConfig",
+    "Start",
+    "TrainConfig",
+    "TrainResult",
     "chunk_mask",
+    "collect_groups",
+    "compare",
     "dynamic_sampling_mask",
+    "evaluate_policy",
+    "evaluate_starts",
     "fa_grpo_loss",
     "flow_grpo_loss",
     "flowscale_weights",
     "group_advantages",
     "zero_variance_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

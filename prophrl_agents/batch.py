@@ -117,6 +117,22 @@ class RolloutBatch:
             "image": self.image[rollouts, calls], "state": self.state[rollouts, calls], "instruction": instructions
         }  # fmt: skip
 
+    def padded(self, calls: int) -> RolloutBatch:
+        """Returns the same rollouts with room for S = ``calls`` policy calls: longer ones can then be joined to them.
+
+        Raises:
+            ValueError: fewer than there are.
+        """
+        here = self.mask.shape[1]
+        if calls < here:
+            raise ValueError(f"calls is {calls}, expected at least {here}, the policy calls of this batch")
+
+        def pad(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor.new_zeros(len(tensor), calls - here, *tensor.shape[2:])], dim=1)
+
+        names = ("image", "state", "actions", "path", "log_prob", "mask")
+        return replace(self, **{name: pad(getattr(self, name)) for name in names})
+
     @staticmethod
     def cat(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         """Joins batches of the same layout (equal S, K, CH, D and group size); seconds are added.

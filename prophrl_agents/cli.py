@@ -5,23 +5,66 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import logging
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
+from prophet_gym.sims.rendering import RenderingUnavailableError
 from prophrl_agents.advantages import group_advantages
+from prophrl_agents.config import PAPER, SMOKE, TABLETOP, TrainConfig
+from prophrl_agents.evaluation_report import EvalConfig, run_eval
 from prophrl_agents.flow_sde import LastStep, schedule
 from prophrl_agents.flowscale import flowscale_weights
 from prophrl_agents.losses import fa_grpo_loss
 from prophrl_agents.policies.small import SmallFlowPolicyConfig
+from prophrl_agents.sft import SFT_PAPER, SFT_SMOKE, SFT_TABLETOP, SFTConfig, run_sft
+from prophrl_agents.trainer import run_train
 
-__all__ = ["app", "info", "main"]
+__all__ = ["COMMANDS", "evaluate", "info", "main", "sft", "train"]
 
-app = tyro.extras.SubcommandApp()
+Imitation = (
+    Annotated[SFTConfig, subcommand("tabletop", default=SFT_TABLETOP)]
+    | Annotated[SFTConfig, subcommand("smoke", default=SFT_SMOKE)]
+    | Annotated[SFTConfig, subcommand("paper", default=SFT_PAPER)]
+)
+Reinforcement = (
+    Annotated[TrainConfig, subcommand("tabletop", default=TABLETOP)]
+    | Annotated[TrainConfig, subcommand("smoke", default=SMOKE)]
+    | Annotated[TrainConfig, subcommand("paper", default=PAPER)]
+)
 
 
-@app.command
+def sft(what: OmitArgPrefixes[Imitation]) -> None:
+    """Teach a policy by imitation of recorded episodes; the simulator measures it on the way.
+
+    Args:
+        what: preset, and what to change of it.
+    """
+    print(run_sft(what))
+
+
+def train(what: Reinforcement) -> None:
+    """Reinforce a policy in a world model or a simulator.
+
+    Args:
+        what: preset, and what to change of it.
+    """
+    print(run_train(what))
+
+
+def evaluate(config: OmitArgPrefixes[EvalConfig]) -> None:
+    """Success rates with intervals, in the world model and in the simulator, from the same snapshots.
+
+    Args:
+        config: what is evaluated, and where.
+    """
+    print(run_eval(config))
+
+
 def info(
     num_flow_steps: int = SmallFlowPolicyConfig.num_flow_steps,
     noise_level: float = SmallFlowPolicyConfig.noise_level,
@@ -88,11 +131,21 @@ def _version() -> str:
         return "(source tree, not installed)"
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {"sft": sft, "train": train, "eval": evaluate, "info": info}
+
+
 def main() -> None:
-    """Runs the command line; a ValueError is printed without a traceback, exit status 2."""
+    """Run the command line; a bad input or a missing system library is one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it reports every optional accelerator that is absent
     try:
-        app.cli(prog="prophrl", description="Reinforce flow-head robot policies in a world model or a simulator.")
-    except ValueError as error:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="prophrl",
+            description="Reinforce flow-head robot policies in a world model or a simulator.",
+            config=(OmitSubcommandPrefixes,),
+        )
+    except (ValueError, FloatingPointError, RenderingUnavailableError) as error:
         print(f"prophrl: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

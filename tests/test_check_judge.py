@@ -17,7 +17,7 @@ from prophet_gym.judges import (
     check_rollout,
     check_rollouts,
 )
-from prophet_gym.judges.network import build_vocabulary
+from prophet_gym.words import build_vocabulary
 
 INSTRUCTION = "push the red block to the left edge"
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_rollout import make_policy
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = {
@@ -18,6 +19,10 @@ RUNS = {
     "write_a_judge": (["--horizon", "8", "--rollouts", "1"], "check_judge: passed"),
     "sb3_ppo": (["--total-timesteps", "8", "--n-steps", "8", "--horizon", "8"], "verdict"),
     "twin": (["--horizon", "9"], "PSNR"),
+    "fa_grpo_single_file": (
+        ["--updates", "1", "--groups", "2", "--group-size", "2", "--mini-batch", "4", "--horizon", "8"],
+        "groups_with_contrast",
+    ),
 }
 
 
@@ -41,10 +46,13 @@ def test_example_runs(
         checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
         config = json.loads((checkpoint / "prophet.json").read_text())
         (checkpoint / "prophet.json").write_text(json.dumps({**config, "image_size": [64, 64]}))
+    if name == "fa_grpo_single_file":
+        make_policy(image_size=48).save_pretrained(tmp_path / "policy")
+        arguments = ["--policy", str(tmp_path / "policy"), *arguments]
     monkeypatch.chdir(tmp_path)  # results go to runs/examples, relative to where the script is run
     assert shown in run(name, ["--checkpoint", str(checkpoint), *arguments], monkeypatch, capsys)
     written = [path.suffix for path in tmp_path.glob("runs/examples/*")]
-    assert written == {"step_world": [".mp4"], "twin": [".png"]}.get(name, [])
+    assert written == {"step_world": [".mp4"], "twin": [".png"], "fa_grpo_single_file": [""]}.get(name, [])
 
 
 @pytest.mark.parametrize("name", RUNS)

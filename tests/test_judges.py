@@ -20,7 +20,8 @@ from prophet_gym.judges import (
     pick_threshold,
     wilson_interval,
 )
-from prophet_gym.judges.network import build_vocabulary, encode_instruction, frame_indices
+from prophet_gym.judges.network import frame_indices
+from prophet_gym.words import build_vocabulary, encode_instruction
 
 INSTRUCTION = "put the red block on the blue plate"
 

@@ -25,7 +25,7 @@ from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.rollout import collect_groups, member_generator
 
 CHUNK, HORIZON = 8, 16
-INSTRUCTIONS = ["put red green yellow purple block on the blue white plate", "push to left right edge", "move"]
+INSTRUCTIONS = ["put red green yellow purple block on the blue white plate 0 1 2 3", "push to left right edge", "move"]
 
 
 def make_policy(cls: type[SmallFlowPolicy] = SmallFlowPolicy, **sizes: Any) -> Any:

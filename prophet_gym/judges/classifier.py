@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 
 from prophet_gym.judges.base import Verdict, check_rollouts
-from prophet_gym.judges.network import SuccessNetwork, encode_instruction, frame_indices
+from prophet_gym.judges.network import SuccessNetwork, frame_indices
 from prophet_gym.strict_json import to_json
+from prophet_gym.words import encode_instruction
 
 __all__ = ["ClassifierConfig", "ClassifierJudge"]
 

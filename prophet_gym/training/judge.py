@@ -26,11 +26,12 @@ from tqdm import tqdm
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.judges.calibration import auc, evaluate_judge, pick_threshold
 from prophet_gym.judges.classifier import CONFIG_FILE, ClassifierConfig, ClassifierJudge, to_network
-from prophet_gym.judges.network import build_vocabulary, encode_instruction, frame_indices
+from prophet_gym.judges.network import frame_indices
 from prophet_gym.judges.rollouts import LabelledRollout, labelled_rollouts
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.augment import augment
 from prophet_gym.training.imagine import imagine
+from prophet_gym.words import build_vocabulary, encode_instruction
 
 if TYPE_CHECKING:
     from prophet_gym.data.episode import Episode

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from prophet_gym.judges.network import encode_instruction
+from prophet_gym.words import encode_instruction
 from prophrl_agents.flow_sde import FlowSchedule, Generators, LastStep, schedule
 from prophrl_agents.policies.base import FlowSample, Observation, SampleMode
 from prophrl_agents.policies.flow_head import FlowHead
@@ -43,7 +43,7 @@ class SmallFlowPolicyConfig:
     """
 
     vocabulary: tuple[str, ...]
-    """Known words, lower case (prophet_gym.judges.network.build_vocabulary makes it)."""
+    """Known words, lower case (prophet_gym.words.build_vocabulary makes it)."""
     max_words: int = 12
     """Longest instruction, in words."""
     image_size: int = 64

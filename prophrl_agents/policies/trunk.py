@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prophet_gym.vision import FiLMBlock, coordinates, soft_argmax
+
 __all__ = ["ObservationTrunk"]
 
 _TEXT, _WORD, _STATE, _MAP = 64, 16, 64, 16
@@ -38,14 +40,14 @@ class ObservationTrunk(nn.Module):
         self.stem = nn.Conv2d(5, width // 2, 5, stride=2, padding=2)
         self.near = nn.ModuleList(
             [
-                _Block(width // 2, width // 2),
-                _Block(width // 2, width, stride=2),
-                _Block(width, width),
-                _Block(width, width),
+                FiLMBlock(width // 2, width // 2, _TEXT),
+                FiLMBlock(width // 2, width, _TEXT, stride=2),
+                FiLMBlock(width, width, _TEXT),
+                FiLMBlock(width, width, _TEXT),
             ]
         )
         self.keypoints = nn.Conv2d(width, width, 1)
-        self.far = nn.ModuleList([_Block(width, width, stride=2), _Block(width, width)])
+        self.far = nn.ModuleList([FiLMBlock(width, width, _TEXT, stride=2), FiLMBlock(width, width, _TEXT)])
         self.squeeze = nn.Conv2d(width, _MAP, 1)
         joined = 2 * width + _MAP * (image_size // 8) ** 2 + _STATE + _TEXT
         self.features = nn.Sequential(
@@ -65,40 +67,10 @@ class ObservationTrunk(nn.Module):
             words: (B, max_words) int64 word ids.
         """
         text = self.text(self.words(words).flatten(1))
-        h = F.silu(self.stem(torch.cat([image, _coordinates(image)], dim=1)))
+        h = F.silu(self.stem(torch.cat([image, coordinates(image)], dim=1)))
         for block in self.near:
             h = block(h, text)
-        positions = _soft_argmax(self.keypoints(h))
+        positions = soft_argmax(self.keypoints(h))
         for block in self.far:
             h = block(h, text)
         return self.features(torch.cat([positions, self.squeeze(h).flatten(1), self.state(state), text], dim=1))
-
-
-class _Block(nn.Module):
-    """Convolution, group norm, FiLM by the instruction, SiLU; residual where the shape allows."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.norm = nn.GroupNorm(4, out_channels)
-        self.film = nn.Linear(_TEXT, 2 * out_channels)
-        nn.init.zeros_(self.film.bias)
-        self.residual = stride == 1 and in_channels == out_channels
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        scale, shift = self.film(text)[:, :, None, None].chunk(2, dim=1)
-        out = F.silu(self.norm(self.conv(x)) * (1 + scale) + shift)
-        return x + out if self.residual else out
-
-
-def _coordinates(image: Tensor) -> Tensor:
-    """Returns (B, 2, H, W): y and x of every pixel, from -1 to 1."""
-    y, x = (torch.linspace(-1, 1, n, dtype=image.dtype, device=image.device) for n in image.shape[-2:])
-    return torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(len(image), 2, *image.shape[-2:])
-
-
-def _soft_argmax(maps: Tensor) -> Tensor:
-    """Returns the expected (y, x) of each channel's softmax over the image, (B, 2C) in [-1, 1]."""
-    weights = maps.flatten(2).softmax(dim=2)
-    grid = _coordinates(maps)[0].flatten(1)
-    return (weights @ grid.T).flatten(1)

@@ -1,0 +1,53 @@
+"""From an environment id to the vector environment that rollouts need: world model, simulator, or anybody's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+import prophet_gym  # noqa: F401  (registers the worlds)
+from prophet_gym.registration import SIMULATOR_ID, WORLDS
+from prophet_gym.sims.vector import make_sync_vector_env
+from prophrl_agents.config import WorldConfig
+
+__all__ = ["make_environment"]
+
+
+def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, device: str = "cpu") -> VectorEnv:
+    """Makes ``world.num_envs`` slots that hold still when their episodes end.
+
+    World models get every setting, simulators ``horizon`` and ``chunk_length``; what is None is left to the
+    registration. Environments of other projects get what is set of these two, and run one slot after the other (give
+    the trainer an environment of your own for more).
+
+    Args:
+        env_id: registered with Gymnasium, ``module:id`` imports the module first.
+        world: settings.
+        chunk_length: commands of one step, unless ``world`` says otherwise.
+        device: of a world model.
+
+    Raises:
+        ValueError: unknown id, settings that the environment does not take, or what it refuses.
+    """
+    try:
+        spec = gym.spec(env_id)
+    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        raise ValueError(f"no environment {env_id!r}: {error} Use 'module:id' for one of your own") from error
+    ours = spec.id in WORLDS or spec.id == SIMULATOR_ID
+    options: dict[str, Any] = {"horizon": world.horizon, "chunk_length": world.chunk_length}
+    if ours:
+        options["chunk_length"] = options["chunk_length"] or chunk_length
+    if spec.id in WORLDS:
+        names = ("num_inference_steps", "dtype", "checkpoint", "judge")
+        options |= {name: getattr(world, name) for name in names} | {"device": device}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        if not ours and spec.entry_point is not None:
+            return make_sync_vector_env(lambda: gym.make(spec, **options), world.num_envs, AutoresetMode.DISABLED)
+        if ours:
+            options["autoreset_mode"] = "Disabled"
+        return gym.make_vec(spec, world.num_envs, vectorization_mode="vector_entry_point", **options)
+    except TypeError as error:
+        raise ValueError(f"{env_id!r} does not take the settings {options} ({error}); leave them out") from error
