@@ -14,9 +14,11 @@ import torch
 from moody import MoodyJudge, make_moody, make_uneven, workers_of
 from reach import make_reach_policy
 
-from prophet_gym import check_judge
+from prophet_gym import SnapshotSet, check_judge
 from prophet_gym.errors import MissingExtraError
 from prophet_gym.judges import Verdict
+from prophet_gym.registration import ASSETS
+from prophet_gym.words import build_vocabulary
 from prophrl_agents import PolicyStatistics, SmallFlowPolicy, SmallFlowPolicyConfig
 from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.config import TrainConfig, WorldConfig
@@ -213,7 +215,8 @@ def test_a_world_model_on_workers_by_one_setting(ray, tmp_path):
 
 def tabletop_policy():
     torch.manual_seed(0)
-    words = ("put", "the", "red", "green", "blue", "yellow", "block", "on", "plate", "white", "cube", "a", "onto")
+    snapshots = SnapshotSet.load(ASSETS / "tabletop" / "snapshots")
+    words = build_vocabulary([snapshot.instruction for snapshot in snapshots])
     config = SmallFlowPolicyConfig(words, trunk_width=8, feature_dim=32, head_width=64, head_blocks=1)
     low, high = np.array([-0.04] * 3 + [-0.25] * 3 + [0.0]), np.array([0.04] * 3 + [0.25] * 3 + [1.0])
     statistics = PolicyStatistics((low + high) / 2, (high - low) / 4, low, high, np.zeros(8), np.ones(8))
