@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from .command_line import run_commands
 from .data.folder import EpisodeFolder
 from .demo import DemoConfig, run_demo
 from .judges.calibration import evaluate_judge, format_calibration
@@ -21,7 +20,6 @@ from .judges.rollouts import labelled_rollouts
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
-from .sims.rendering import RenderingUnavailableError
 from .strict_json import to_json
 from .training.imagine import imagine
 from .training.judge import JudgeTrainingConfig, train_judge
@@ -229,19 +227,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Run the command line; a bad input or a missing system library is one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it reports every optional accelerator that is absent
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="prophet",
-            description="Learned world models as environments for robot policies.",
-            config=(OmitSubcommandPrefixes, OmitArgPrefixes),
-        )
-    except (ValueError, FloatingPointError, RenderingUnavailableError) as error:
-        print(f"prophet: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    """Run the command line."""
+    run_commands(
+        COMMANDS,
+        prog="prophet",
+        description="Learned world models as environments for robot policies.",
+        config=(OmitSubcommandPrefixes, OmitArgPrefixes),
+    )
 
 
 if __name__ == "__main__":

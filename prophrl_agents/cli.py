@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
-import logging
-import sys
 from collections.abc import Callable, Container
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
-from prophet_gym.sims.rendering import RenderingUnavailableError
+from prophet_gym.command_line import run_commands
 from prophrl_agents.advantages import group_advantages
 from prophrl_agents.config import PAPER, SMOKE, TABLETOP, TrainConfig
 from prophrl_agents.evaluation_report import EvalConfig, run_eval
@@ -135,19 +132,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {"sft": sft, "train": train, "eval": e
 
 
 def main() -> None:
-    """Run the command line; a bad input or a missing system library is one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it reports every optional accelerator that is absent
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="prophrl",
-            description="Reinforce flow-head robot policies in a world model or a simulator.",
-            config=(OmitSubcommandPrefixes,),
-        )
-    except (ValueError, FloatingPointError, RenderingUnavailableError) as error:
-        print(f"prophrl: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    """Run the command line."""
+    run_commands(
+        COMMANDS,
+        prog="prophrl",
+        description="Reinforce flow-head robot policies in a world model or a simulator.",
+        config=(OmitSubcommandPrefixes,),
+    )
 
 
 if __name__ == "__main__":
