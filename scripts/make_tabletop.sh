@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes the shipped checkpoint of Prophet-Tabletop-v0 again: data, codec, denoiser, judge, evaluation.
-# About four hours on two CPU cores; every step continues where it was interrupted.
+# About five hours on two CPU cores; every step continues where it was interrupted.
 set -euo pipefail
 prophet=${PROPHET:-.venv/bin/prophet}
+prophrl=${PROPHRL:-.venv/bin/prophrl}
 runs=${RUNS:-runs/tabletop}
 resume() { [ -e "$1/checkpoints/last.pt" ] && echo --resume || true; }
 
@@ -29,15 +30,27 @@ world() {  # run folder, then the options in which the phases differ
 plain=(--first-step 0 --object-weight 0 --self-rollout 0 --num-layers 6)
 world "$runs/first" "${plain[@]}" --steps 3250 --decay-fraction 0 --ema-decay 0.998 --timestep-shift 3 --motion-weight 1 \
   --eventful 0.5
-world "$runs/second" "${plain[@]}" --init "$runs/first/prophet" --steps 2400 --decay-fraction 0.6 --warmup-steps 50 --seed 1
+world "$runs/second" "${plain[@]}" --motion-weight 3 --init "$runs/first/prophet" --steps 2400 --decay-fraction 0.6 --warmup-steps 50 --seed 1
 # One block fewer, so that the checkpoint stays small; the object weighs more, and rollouts start from imagined frames.
-world "$runs/world" --init "$runs/second/prophet" --steps 6000 --decay-fraction 0.5 --seed 2
-cp "$runs"/decoder/vae/* "$runs/world/prophet/vae/"  # same encoder, so the denoiser fits
-[ -e "$runs/judge/judge.json" ] || "$prophet" judge train --data "$runs/data/train" --val "$runs/data/val" \
-  --checkpoint "$runs/world/prophet" --max-episodes 1200 --steps 900 --chunk-length 8 --output "$runs/judge"
+world "$runs/world" --motion-weight 3 --object-weight 16 --init "$runs/second/prophet" --steps 6000 --decay-fraction 0.5 \
+  --seed 2
+# What goes wrong: more contact that fails, and what a policy does that imitates badly, as deployed and as it explores.
+imitation="$runs/imitation"
+[ -e "$imitation/policy/config.json" ] || "$prophrl" sft tabletop --data "$runs/data/train" --run "$imitation" --steps 1800 \
+  --mixed-precision bf16 --eval-every 600 $(resume "$imitation")
+"$prophet" record "$runs/data/extra" --episodes 1522 --seed 200000 --mix half_good 4 random 2 close_early 1 drop 1 \
+  never_close 1 wrong_place 0.5 push_aside 1 hover 0.25 expert 0.5
+"$prophrl" record "$runs/data/extra" --policy "$imitation/policy" --episodes 1016 --seed 4000000 --noisy-share 0.6
+mkdir -p "$runs/data/all"
+ln -sfn "$(realpath "$runs/data/train")"/episode_* "$(realpath "$runs/data/extra")"/episode_* "$runs/data/all/"
+world "$runs/final" --data "$runs/data/all" --init "$runs/world/prophet" --steps 3200 --decay-fraction 0.6 --warmup-steps 50 --seed 3
+world=$runs/final/prophet
+cp "$runs"/decoder/vae/* "$world/vae/"  # same encoder, so the denoiser fits
+[ -e "$runs/judge/judge.json" ] || "$prophet" judge train --data "$runs/data/all" --val "$runs/data/val" \
+  --checkpoint "$world" --max-episodes 1600 --steps 900 --chunk-length 8 --output "$runs/judge"
 
-cp -rT "$runs/judge" "$runs/world/prophet/judge"
-"$prophet" snapshots "$runs/world/prophet/snapshots" --overwrite
+cp -rT "$runs/judge" "$world/judge"
+"$prophet" snapshots "$world/snapshots" --overwrite
 
-"$prophet" eval "$runs/data/test" --checkpoint "$runs/world/prophet" --out "$runs/evaluation"
-"$prophet" judge eval --data "$runs/data/test" --checkpoint "$runs/world/prophet" --chunk-length 8
+"$prophet" eval "$runs/data/test" --checkpoint "$world" --out "$runs/evaluation"
+"$prophet" judge eval --data "$runs/data/test" --checkpoint "$world" --chunk-length 8

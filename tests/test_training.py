@@ -287,18 +287,41 @@ def sampler(config: WorldModelConfig, tmp_path: Path) -> ChunkSampler:
     return ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
 
 
-def test_object_coverage_lies_where_the_object_is(sampler: ChunkSampler) -> None:
-    batch = sampler.gather(np.array([2]), np.array([4]), 6, np.array([0]), np.array([1]))
-    path = sampler.clips.object_px[2]
-    assert batch.coverage.shape == (1, 2, 8, 8)
-    torch.testing.assert_close(batch.coverage.sum(dim=(2, 3)), torch.ones(1, 2))
+def test_coverage_lies_around_the_hand_and_where_the_object_starts(sampler: ChunkSampler) -> None:
+    where = np.array([2]), np.array([4]), 6, np.array([0]), np.array([1])
+    hand, away = sampler.clips.effector_px[2, :, 0], np.full_like(sampler.clips.object_px, 3.5)
+    np.testing.assert_allclose(hand, sampler.clips.object_px[2, :, 0], atol=1e-3)  # the square follows the hand
     grid = torch.arange(8) * 8 + 3.5  # centres of the latent positions in pixels
-    for group, frames in enumerate(([5, 6, 7, 8], [9, 10, 10, 10])):  # after the clip the scene holds still
-        u = (batch.coverage[0, group].sum(dim=0) * grid).sum()
-        v = (batch.coverage[0, group].sum(dim=1) * grid).sum()
-        assert (float(u), float(v)) == pytest.approx(tuple(path[frames].mean(axis=0)), abs=1e-3)
-    sampler.clips = replace(sampler.clips, object_px=np.full_like(path, np.nan)[None].repeat(3, axis=0))
-    assert (sampler.gather(np.array([2]), np.array([4]), 6, np.array([0]), np.array([1])).coverage == 0).all()
+    sampler.clips = replace(sampler.clips, object_px=np.full_like(away, np.nan))
+    alone = sampler.gather(*where).coverage
+    assert alone.shape == (1, 2, 8, 8) and alone.max() <= 1
+    for group, frames in enumerate(([5, 6, 7, 8], [9, 10, 10, 10])):  # after the clip the hand holds still
+        share = alone[0, group] / alone[0, group].sum()
+        found = float((share.sum(dim=0) * grid).sum()), float((share.sum(dim=1) * grid).sum())
+        assert found == pytest.approx(tuple(hand[frames].mean(axis=0)), abs=1.0)
+    sampler.clips = replace(sampler.clips, object_px=away)
+    both = sampler.gather(*where).coverage
+    assert (both[:, :, 0, 0] == 1).all() and (alone[:, :, 0, 0] == 0).all()
+    assert torch.equal(both[:, :, 2:, 2:], alone[:, :, 2:, 2:])
+
+
+def test_what_is_drawn_and_weighed_does_not_know_the_outcome(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+    """Else a model that cannot tell what will happen imagines what was favoured."""
+    clips = sampler.clips
+    start, length = 2, 12
+    other = clips.object_px.copy()
+    other[:, start + 1 :] = np.random.default_rng(0).uniform(0, 64, other[:, start + 1 :].shape)
+    where = np.arange(3), np.full(3, start), length, np.zeros(3, int), np.zeros(3, int)
+    changed = ChunkSampler(
+        replace(clips, object_px=other), sampler.latents, config, chunk_length=20, history=60, vae=sampler.vae
+    )
+    assert torch.equal(changed.gather(*where).coverage, sampler.gather(*where).coverage)
+    assert [row for row in changed.eventful.tolist() if row[1] == start] == [[0, start], [1, start], [2, start]]
+    far = ChunkSampler(
+        replace(clips, object_px=other + 200), sampler.latents, config, chunk_length=20, history=60, vae=sampler.vae
+    )
+    assert len(far.eventful) == 0
+    assert far(0, 4).latents.shape[0] == 4  # drawn from everywhere then
 
 
 def test_training_rollout_is_the_rollout_of_the_world_model(sampler: ChunkSampler, config: WorldModelConfig) -> None:

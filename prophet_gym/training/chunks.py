@@ -1,4 +1,9 @@
-"""Training batches: chunks of recorded episodes with the history that a rollout would have where they start."""
+"""Training batches: chunks of recorded episodes with the history that a rollout would have where they start.
+
+What is drawn more often and what weighs more follows from what the model is given, start frame and commands, never
+from how the chunk went on. Chunks in which a block moved, or positions where it ended, would be the outcome: a grasp
+that may succeed or slip would then be imagined as a success, or as a block in both places.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,9 @@ from ..world_model.video_vae import FoldedVideoVAE
 from .clips import ClipArrays, LatentArrays
 from .config import WorldModelConfig
 
+_NEAR = 0.1  # of the image's width: an end-effector that is drawn so near to an object may touch it
+_TENT = 1.5  # half width of a tent of coverage in latent positions
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkBatch:
@@ -24,7 +32,8 @@ class ChunkBatch:
         history: (B, z, T_hist, h, w), oldest first.
         actions: commands padded to the chunk length, (B, C, N, 7).
         action_frames: drawn actions (B, 3, 1 + 4 (T - 1), h, w) in [-1, 1], for "pooled" their latents, or None.
-        coverage: how much of each latent position the labelled object covers, (B, T - 1, h, w), about 0 to 1.
+        coverage: nearness of each latent position to where a labelled object starts, or to where an end-effector is
+            commanded to be, (B, T - 1, h, w) in 0 to 1.
     """
 
     latents: Tensor
@@ -46,12 +55,20 @@ class ChunkSampler:
         self.commands = clips.actions.shape[1]
         if self.commands < chunk_length:
             raise ValueError(f"episodes of {self.commands} commands; chunks of {chunk_length} need at least as many")
-        counts = np.concatenate([np.zeros((len(clips), 1), int), np.cumsum(clips.eventful, axis=1)], axis=1)
-        starts = np.arange(0, self.commands - chunk_length + 1, 2)
-        # Full chunks, as (episode, start), in which a labelled object moves in at least three commands.
-        busy = counts[:, starts + chunk_length] - counts[:, starts] >= 3
-        episodes, columns = busy.nonzero()
-        self.eventful = np.stack([episodes, starts[columns]], axis=1)
+        # Full chunks, as (episode, start), in which an end-effector comes near to where a labelled object starts.
+        self.eventful = np.concatenate(
+            [
+                np.stack([found, np.full_like(found, start)], axis=1)
+                for start in range(0, self.commands - chunk_length + 1, 2)
+                for found in [self._contact(start).nonzero()[0]]
+            ]
+        )
+
+    def _contact(self, start: int) -> np.ndarray:
+        """(E,) bool, whether an end-effector is to come near an object with the full chunk from frame ``start``."""
+        hands = self.clips.effector_px[:, start + 1 : start + 1 + self.chunk_length, :, None]
+        distance = np.linalg.norm(hands - self.clips.object_px[:, start, None, None], axis=-1)
+        return (np.nan_to_num(distance, nan=np.inf) < _NEAR * self.clips.frames.shape[3]).any(axis=(1, 2, 3))
 
     def __call__(self, step: int, batch_size: int, length: int | None = None) -> ChunkBatch:
         """Batch of a step; ``length`` fixes the number of commands."""
@@ -133,15 +150,17 @@ class ChunkSampler:
         )
 
     def _coverage(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
-        """Bilinear splat of the object's centroid on the latent grid, averaged over each group of four frames."""
+        """Tents around the objects' first centroids and the end-effectors' path, mean over groups of four frames."""
         index = np.minimum(starts[:, None] + np.arange(1, 1 + 4 * -(-length // 4)), (starts + length)[:, None])
-        centroids = torch.from_numpy(self.clips.object_px[episodes[:, None], index]).float()
+        hands = self.clips.effector_px[episodes[:, None], index]
+        objects = self.clips.object_px[episodes, starts][:, None].repeat(index.shape[1], axis=1)
+        centroids = torch.from_numpy(np.concatenate([hands, objects], axis=2)).float()
         cell = VideoCodec.spatial_stride
         near = []
         for axis, size in ((1, self.latents.single.shape[-2]), (0, self.latents.single.shape[-1])):
             centres = (torch.arange(size) + 0.5) * cell - 0.5
-            near.append((1.0 - (centroids[..., axis, None] - centres).abs() / cell).clamp(min=0.0))
-        covered = torch.nan_to_num(near[0][..., :, None] * near[1][..., None, :])
+            near.append((1.0 - (centroids[..., axis, None] - centres).abs() / (_TENT * cell)).clamp(min=0.0))
+        covered = torch.nan_to_num(near[0][..., :, None] * near[1][..., None, :]).sum(dim=2).clamp(max=1.0)
         return covered.unflatten(1, (-1, 4)).mean(dim=2)
 
     @torch.no_grad()

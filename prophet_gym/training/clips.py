@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..action_frames import render_action_frames
+from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
 from ..data.folder import EpisodeFolder
 from ..world_model.video_vae import FoldedVideoVAE
+
+_ALWAYS = ("frames", "actions", "object_px", "effector_px")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,9 @@ class ClipArrays:
         frames: (E, T + 1, H, W, 3) uint8.
         actions: canonical commands (E, T, N, 7) float32.
         drawn: action frames at a reduced size, (E, T + 1, h, w, 3) uint8; None where cameras are missing.
-        object_px: centroids (u, v) of the labelled object in pixels, (E, T + 1, 2) float32; NaN without a label.
+        object_px: centroids (u, v) of the labelled objects in pixels, the instructed one first, (E, T + 1, 2, 2)
+            float32; NaN without a label.
+        effector_px: commanded end-effector positions in pixels, (E, T + 1, N, 2) float32; NaN without a camera.
         action_spec: conventions the commands came in.
         content: digest of the files the arrays were made from.
     """
@@ -40,17 +44,12 @@ class ClipArrays:
     actions: np.ndarray
     drawn: np.ndarray | None
     object_px: np.ndarray
+    effector_px: np.ndarray
     action_spec: ActionSpec
     content: str
 
     def __len__(self) -> int:
         return len(self.frames)
-
-    @property
-    def eventful(self) -> np.ndarray:
-        """(E, T) bool, where the labelled object moved with command t by more than 0.3 pixels."""
-        moved = np.linalg.norm(np.diff(self.object_px, axis=1), axis=2)
-        return np.nan_to_num(moved) > 0.3
 
 
 def load_clips(
@@ -74,7 +73,7 @@ def load_clips(
     first = episodes[0]
     if drawn_size and first.camera is None:
         raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
-    stamp = {"layout": 2, "content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
+    stamp = {"layout": 4, "content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
     index = cache / "clips.json"
     if not (index.is_file() and json.loads(index.read_text()) == stamp):
         cache.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ def load_clips(
         temporary = index.with_suffix(".tmp")
         temporary.write_text(json.dumps(stamp))
         os.replace(temporary, index)
-    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("frames", "actions", "object_px")}
+    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in _ALWAYS}
     drawn = np.load(cache / "drawn.npy", mmap_mode="r") if (cache / "drawn.npy").exists() else None
     return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=stamp["content"])
 
@@ -107,7 +106,8 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
 
     frames = create("frames", (length, height, width, 3), np.uint8)
     actions = create("actions", (length - 1, num_effectors, 7), np.float32)
-    object_px = create("object_px", (length, 2), np.float32)
+    object_px = create("object_px", (length, 2, 2), np.float32)
+    effector_px = create("effector_px", (length, num_effectors, 2), np.float32)
     (cache / "drawn.npy").unlink(missing_ok=True)
     drawn = create("drawn", (length, *drawn_size, 3), np.uint8) if drawn_size else None
 
@@ -121,12 +121,16 @@ def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size
         frames[i] = episode.frames
         commands = episode.action_spec.to_canonical(episode.actions)
         actions[i] = pad_effectors(commands, num_effectors)
-        object_px[i] = episode.labels.get("block_px", np.nan)
+        for k, label in enumerate(("block_px", "distractor_px")):
+            object_px[i, :, k] = episode.labels.get(label, np.nan)
+        effector_px[i] = np.nan
+        if episode.camera is not None:
+            poses = integrate_poses(episode.eef_pose[0], commands, episode.action_spec)
+            path = np.concatenate([episode.eef_pose[:1], poses])
+            effector_px[i, :, : path.shape[1]] = project(path[..., :3, 3], episode.camera)
         if drawn is not None:
             if episode.camera is None:
                 raise ValueError(f"episode {episode.name}: no camera, but the first episode has one")
-            poses = integrate_poses(episode.eef_pose[0], commands, episode.action_spec)
-            path = np.concatenate([episode.eef_pose[:1], poses])
             openness = np.concatenate([episode.gripper[:1], commands[..., 6]])
             for t, image in enumerate(render_action_frames(path, openness, episode.camera)):
                 drawn[i, t] = cv2.resize(image, drawn_size[::-1], interpolation=cv2.INTER_AREA)

@@ -1,8 +1,8 @@
 """Configuration of a world-model run.
 
 Departures from the paper, each a field: rectified-flow velocity loss, as Cosmos-Predict2 trains (the paper writes noise
-prediction); clips of random length, so that every chunk length works; chunks in which an object moves are drawn more
-often and the object weighs more; the start frame and the history are blurred by a little noise and, in a share of the
+prediction); clips of random length, so that every chunk length works; chunks with a possible contact are drawn more
+often and its place weighs more; the start frame and the history are blurred by a little noise and, in a share of the
 steps, imagined, because in a rollout they are the model's own.
 """
 
@@ -45,7 +45,7 @@ class WorldModelConfig:
     full_length: float = 0.7
     """Share of steps with full chunks; the others draw a length uniformly from 1 to the chunk length."""
     eventful: float = 0.5
-    """Share of samples from chunks in which a labelled object moves."""
+    """Share of samples from chunks in which an end-effector comes near a labelled object, whatever happens then."""
     old_rollout: float = 0.6
     """Share of samples whose rollout began with the episode; that of the others began later, at any frame."""
     condition_noise: float = 0.05
@@ -56,10 +56,11 @@ class WorldModelConfig:
     """Share of samples at t = 1, the pure noise from which every rollout starts."""
     timestep_shift: float = 3.0
     """t = s u / (1 + (s - 1) u) with uniform u, for the other samples."""
-    motion_weight: float = 1.0
-    """Extra loss weight, growing to this value, of latent positions that differ from the start frame."""
+    motion_weight: float = 0.0
+    """Extra loss weight, growing to this value, of latent positions that differ from the start frame. It favours motion
+    where the outcome is open."""
     object_weight: float = 0.0
-    """Extra loss weight of the latent positions that the labelled object covers."""
+    """Extra loss weight of the latent positions around labelled objects (where they start) and end-effectors."""
     num_inference_steps: int = 4
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)
