@@ -59,7 +59,14 @@ def info(checkpoint: Positional[str] = "tabletop") -> None:
     print(to_json(rows), end="")
 
 
-def record(out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: int = 40, workers: int = 2) -> None:
+def record(
+    out: Positional[Path],
+    episodes: int = 1000,
+    seed: int = 0,
+    steps: int = 40,
+    workers: int = 2,
+    mix: dict[str, float] | None = None,
+) -> None:
     """Record Tabletop episodes: scripted successes and failures, in the folder layout of the project.
 
     Args:
@@ -68,10 +75,13 @@ def record(out: Positional[Path], episodes: int = 1000, seed: int = 0, steps: in
         seed: seed of the first episode.
         steps: commands of an episode.
         workers: processes.
+        mix: behaviours and their shares, for example `half_good 3 drop 1`; by default a third experts, a quarter
+            half-good, the others failures and random motion.
     """
-    from .data.record import record as record_episodes  # needs MuJoCo
+    from .data.record import DEFAULT_MIX  # needs MuJoCo
+    from .data.record import record as record_episodes
 
-    made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers)
+    made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers, mix=mix or DEFAULT_MIX)
     print(f"{made} episodes recorded, {episodes} in {out}")
 
 

@@ -6,13 +6,15 @@ import dataclasses
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Container
+from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
 from prophet_gym.command_line import run_commands
 from prophrl_agents.advantages import group_advantages
 from prophrl_agents.config import PAPER, SMOKE, TABLETOP, TrainConfig
+from prophrl_agents.demo import DemoConfig, run_demo
 from prophrl_agents.evaluation_report import EvalConfig, run_eval
 from prophrl_agents.flow_sde import LastStep, schedule
 from prophrl_agents.flowscale import flowscale_weights
@@ -21,7 +23,7 @@ from prophrl_agents.policies.small import SmallFlowPolicyConfig
 from prophrl_agents.sft import SFT_PAPER, SFT_SMOKE, SFT_TABLETOP, SFTConfig, run_sft
 from prophrl_agents.trainer import run_train
 
-__all__ = ["COMMANDS", "evaluate", "info", "main", "sft", "train"]
+__all__ = ["COMMANDS", "demo", "evaluate", "info", "main", "record", "sft", "train"]
 
 Imitation = (
     Annotated[SFTConfig, subcommand("tabletop", default=SFT_TABLETOP)]
@@ -60,6 +62,52 @@ def evaluate(config: OmitArgPrefixes[EvalConfig]) -> None:
         config: what is evaluated, and where.
     """
     print(run_eval(config))
+
+
+def demo(config: OmitArgPrefixes[DemoConfig]) -> None:
+    """Reinforce the packaged policy inside Prophet, measure it in the simulator, and write a page about it.
+
+    Args:
+        config: size and place.
+    """
+    print(run_demo(config))
+
+
+def record(
+    out: Positional[Path],
+    policy: Path,
+    episodes: int = 1000,
+    seed: int = 4_000_000,
+    steps: int = 40,
+    noisy_share: float = 0.5,
+    noise_level: float = 0.5,
+    workers: int = 2,
+) -> None:
+    """Record what a policy does on Tabletop, for the training of a world model and its judge.
+
+    Args:
+        out: folder of the data set; episodes already there are kept and skipped.
+        policy: folder of the policy.
+        episodes: size of the complete set.
+        seed: seed of the first episode; sets are disjoint when their seed ranges are.
+        steps: commands of an episode.
+        noisy_share: share of the episodes in which the policy explores as it does while it learns.
+        noise_level: noise a of the flow SDE in those.
+        workers: processes.
+    """
+    from prophrl_agents.record import record_policy  # needs MuJoCo
+
+    made = record_policy(
+        out,
+        policy,
+        episodes,
+        seed,
+        steps=steps,
+        noisy_share=noisy_share,
+        noise_level=noise_level,
+        workers=workers,
+    )
+    print(f"{made} episodes recorded, {episodes} in {out}")
 
 
 def info(
@@ -128,7 +176,14 @@ def _version() -> str:
         return "(source tree, not installed)"
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"sft": sft, "train": train, "eval": evaluate, "info": info}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "sft": sft,
+    "train": train,
+    "eval": evaluate,
+    "record": record,
+    "demo": demo,
+    "info": info,
+}
 
 
 def main() -> None:

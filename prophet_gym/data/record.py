@@ -8,8 +8,9 @@ model sees them. An episode of 40 commands costs about 110 ms of CPU time with s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def record_episode(sim: TabletopSim, seed: int, *, steps: int = 40, behaviour: s
         behaviour: One of ``prophet_gym.sims.expert.BEHAVIOURS``.
 
     Returns:
-        The episode, with labels ``block_px`` (T+1, 2) pixels, ``block_visible`` (T+1,) pixel count, ``block_pos``
-        (T+1, 3) metres and ``success`` (T+1,) bool; ``Episode.success`` is that of the last image.
+        The episode, with labels ``block_px`` and ``distractor_px`` (T+1, 2) pixels, the latter NaN where there is no
+        second block, ``block_visible`` (T+1,) pixel count, ``block_pos`` (T+1, 3) metres and ``success`` (T+1,) bool;
+        ``Episode.success`` is that of the last image.
 
     Raises:
         ValueError: Unknown behaviour.
@@ -57,10 +59,28 @@ def record_episode(sim: TabletopSim, seed: int, *, steps: int = 40, behaviour: s
     rng = np.random.default_rng((seed, 1))
     expert = ScriptedExpert(sample_config(behaviour, rng), seed=int(rng.integers(2**31)))
     sim.reset(seed=seed)
+    return play(sim, seed, expert.act, steps=steps, behaviour=behaviour)
+
+
+def play(
+    sim: TabletopSim, seed: int, act: Callable[[TabletopSim], np.ndarray], *, steps: int, behaviour: str
+) -> Episode:
+    """Play an episode from the simulator's present state.
+
+    Args:
+        sim: The simulator, at the start of the episode.
+        seed: Names the episode.
+        act: Gives the next native command (7,).
+        steps: Commands to play.
+        behaviour: What is acting, for the episode's metadata.
+
+    Returns:
+        The episode, with labels as :func:`record_episode` gives them.
+    """
     start = sim.get_state()
     commands, rows = [], [_observe(sim)]
     for _ in range(steps):
-        commands.append(expert.act(sim))
+        commands.append(act(sim))
         sim.step(commands[-1])
         rows.append(_observe(sim))
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -108,28 +128,58 @@ def record(
     Raises:
         ValueError: Counts are out of range, or the mix names an unknown behaviour or has no positive share.
     """
-    if episodes < 1 or steps < 1 or workers < 0 or seed < 0:
-        raise ValueError(
-            f"record() got episodes={episodes}, steps={steps}, workers={workers}, seed={seed}; expected episodes and "
-            "steps of at least 1, workers and seed of at least 0."
-        )
     unknown = sorted(set(mix) - set(BEHAVIOURS))
     if unknown or min(mix.values(), default=0) < 0 or sum(mix.values()) <= 0:
         raise ValueError(
             f"The mix is {dict(mix)}. Give non-negative shares with a positive sum, of behaviours from "
             f"{', '.join(BEHAVIOURS)}."
         )
+    if steps < 1:
+        raise ValueError(f"record() got steps={steps}; expected at least 1.")
+    return record_set(out, episodes, seed, partial(_scripted, steps=steps, mix=dict(mix)), workers, progress)
+
+
+def record_set(
+    out: str | os.PathLike[str],
+    episodes: int,
+    seed: int,
+    make: Callable[[TabletopSim, int], Episode],
+    workers: int = 2,
+    progress: bool = True,
+) -> int:
+    """Write the episodes that ``make`` plays for ``episodes`` seeds from ``seed``; those already there are skipped.
+
+    Args:
+        out: Folder of the set, made if absent.
+        episodes: Size of the complete set.
+        seed: Seed of the first episode.
+        make: Maps a simulator and a seed to an episode; it is pickled to the workers.
+        workers: Processes; 0 records in this one.
+        progress: Show a progress bar with the remaining time.
+
+    Returns:
+        Number of episodes recorded now.
+
+    Raises:
+        ValueError: Counts are out of range.
+    """
+    if episodes < 1 or workers < 0 or seed < 0:
+        raise ValueError(
+            f"record got episodes={episodes}, workers={workers}, seed={seed}; expected episodes of at least 1, workers "
+            "and seed of at least 0."
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [s for s in range(seed, seed + episodes) if not (folder / episode_name(s) / "meta.json").exists()]
     batches = [missing[start : start + _BATCH] for start in range(0, len(missing), _BATCH)]
-    with tqdm(total=len(missing), desc=f"recording {folder.name}", unit="episode", disable=not progress) as bar:
+    quiet = None if progress else True  # None: quiet unless there is a terminal
+    with tqdm(total=len(missing), desc=f"recording {folder.name}", unit="episode", disable=quiet) as bar:
         if workers == 0:
             for batch in batches:
-                bar.update(_record_batch(folder, batch, steps, dict(mix)))
+                bar.update(_record_batch(folder, batch, make))
             return len(missing)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            tasks = [pool.submit(_record_batch, folder, batch, steps, dict(mix)) for batch in batches]
+            tasks = [pool.submit(_record_batch, folder, batch, make) for batch in batches]
             try:
                 for task in as_completed(tasks):
                     bar.update(task.result())
@@ -176,20 +226,25 @@ def _observe(sim: TabletopSim) -> dict[str, np.ndarray]:
         "eef_pose": sim.commanded_pose.copy(),
         "gripper": sim.gripper.copy(),
         "block_px": sim.block_px(),
+        "distractor_px": sim.distractor_px(),
         "block_visible": np.asarray(sim.block_visible, np.int64),
         "block_pos": sim.block_pos,
         "success": np.asarray(sim.is_success(), bool),
     }
 
 
+def _scripted(sim: TabletopSim, seed: int, steps: int, mix: Mapping[str, float]) -> Episode:
+    return record_episode(sim, seed, steps=steps, behaviour=choose_behaviour(seed, mix))
+
+
 _worker_sim: TabletopSim | None = None  # one simulator and one OpenGL context per process
 
 
-def _record_batch(folder: Path, seeds: Sequence[int], steps: int, mix: Mapping[str, float]) -> int:
+def _record_batch(folder: Path, seeds: Sequence[int], make: Callable[[TabletopSim, int], Episode]) -> int:
     global _worker_sim
     if _worker_sim is None:
         _worker_sim = TabletopSim()
     for seed in seeds:
-        episode = record_episode(_worker_sim, seed, steps=steps, behaviour=choose_behaviour(seed, mix))
+        episode = make(_worker_sim, seed)
         write_episode(folder / episode.name, episode)
     return len(seeds)

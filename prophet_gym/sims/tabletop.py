@@ -276,6 +276,13 @@ class TabletopSim:
         """Pixel (u, v) of the instructed block's centre, (2,) float64; it may lie outside the image or be hidden."""
         return np.asarray(project(self.block_pos, self.camera), np.float64)
 
+    def distractor_px(self) -> np.ndarray:
+        """Pixel (u, v) of the other block's centre, (2,) float64; NaN where there is none."""
+        if self.scene.distractor_colour < 0:
+            return np.full(2, np.nan)
+        start = self._distractor.qposadr[0]
+        return np.asarray(project(self.data.qpos[start : start + 3], self.camera), np.float64)
+
     @property
     def block_visible(self) -> int:
         """Number of image pixels that show the instructed block."""

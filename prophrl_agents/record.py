@@ -1,0 +1,94 @@
+"""Recording of what a policy does on Tabletop, as episodes that world models and judges can learn from.
+
+A world model that has never seen a policy's mistakes imagines them away, and the policy then learns to make them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from multiprocessing import parent_process
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.record import play, record_set
+from prophet_gym.observations import make_observation
+from prophet_gym.sims.tabletop import TabletopSim
+from prophrl_agents.policies.small import SmallFlowPolicy
+
+__all__ = ["record_policy"]
+
+
+def record_policy(
+    out: str | Path,
+    policy: str | Path,
+    episodes: int,
+    seed: int,
+    *,
+    steps: int = 40,
+    noisy_share: float = 0.5,
+    noise_level: float = 0.5,
+    workers: int = 2,
+    progress: bool = True,
+) -> int:
+    """Record a policy's episodes with seeds ``seed`` to ``seed + episodes - 1``; those already there are skipped.
+
+    An episode is a pure function of weights and seed. Scenes, labels and layout are those of ``prophet record``; the
+    recorded behaviour is "policy", or "noisy_policy" where the policy explored as it does while it learns.
+
+    Args:
+        out: folder of the set, made if absent.
+        policy: folder of a policy for Tabletop.
+        episodes: size of the complete set.
+        seed: seed of the first episode.
+        steps: commands per episode.
+        noisy_share: share of the episodes played in mode "sde", from 0 to 1; the others are played as deployed.
+        noise_level: noise a of the flow SDE in those.
+        workers: processes; 0 records in this one.
+        progress: show a progress bar with the remaining time.
+
+    Returns:
+        Number of episodes recorded now.
+
+    Raises:
+        ValueError: counts or shares out of range, or no policy for Tabletop in that folder.
+    """
+    if steps < 1 or not 0.0 <= noisy_share <= 1.0:
+        raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
+    found = _load(str(policy), noise_level)
+    if found.action_dim != TabletopSim.action_spec.action_dim:
+        raise ValueError(
+            f"the policy in {policy} gives commands of {found.action_dim} numbers, Tabletop takes "
+            f"{TabletopSim.action_spec.action_dim}"
+        )
+    make = partial(_play_policy, policy=str(policy), steps=steps, noisy_share=noisy_share, noise_level=noise_level)
+    return record_set(out, episodes, seed, make, workers, progress)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: str, noise_level: float) -> SmallFlowPolicy:
+    if parent_process() is not None:
+        torch.set_num_threads(1)  # workers share the cores
+    policy = SmallFlowPolicy.from_pretrained(folder).eval()
+    policy.set_flow(noise_level=noise_level)
+    return policy
+
+
+def _play_policy(
+    sim: TabletopSim, seed: int, *, policy: str, steps: int, noisy_share: float, noise_level: float
+) -> Episode:
+    actor = _load(policy, noise_level)
+    actor.reset()
+    rng = np.random.default_rng((seed, 3))
+    noisy = bool(rng.random() < noisy_share)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+
+    def act(sim: TabletopSim) -> np.ndarray:
+        seen = make_observation(sim.render(), sim.commanded_pose, sim.gripper)
+        batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [sim.instruction]}
+        return actor.select_action(batch, generator, "sde" if noisy else "ode")[0].numpy()
+
+    sim.reset(seed=seed)
+    return play(sim, seed, act, steps=steps, behaviour="noisy_policy" if noisy else "policy")
