@@ -7,7 +7,6 @@ This module stays light: networks and simulators are imported when an environmen
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from .errors import MissingCheckpointError, nearest
+from .weights import locate_weights
 
 if TYPE_CHECKING:
     from gymnasium.vector import AutoresetMode, VectorEnv
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 SIMULATOR_ID = "Tabletop-v0"
 INTERFACES = ("chunk", "flat")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -204,23 +203,10 @@ def resolve_checkpoint(world: World, checkpoint: str | Path | None) -> Path:
         if packaged is not None and (packaged / "prophet.json").is_file():
             return packaged
         raise MissingCheckpointError(f"No weights come with {world.id}. {_remedy(world)}")
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        return folder
-    packaged_names = sorted(path.parent.name for path in ASSETS.glob("*/prophet.json"))
-    if str(checkpoint) in packaged_names:
-        return ASSETS / str(checkpoint)
-    siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    reason = "it is neither a folder nor a packaged name"
-    if _HUB_ID.fullmatch(str(checkpoint)) and not siblings:
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(str(checkpoint)))
-        except Exception as error:  # no network, no such repository, no access: the hub raises many kinds
-            reason += f", and the hub does not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
-    hint = nearest(checkpoint, [*packaged_names, *siblings])
-    raise MissingCheckpointError(f"No checkpoint {str(checkpoint)!r}: {reason}.{hint} {_remedy(world)}")
+    try:
+        return locate_weights(checkpoint, ASSETS, "prophet.json")
+    except ValueError as error:
+        raise MissingCheckpointError(f"No checkpoint {error} {_remedy(world)}") from error
 
 
 def make_simulator(interface: str = "chunk", **options: Any) -> gym.Env:

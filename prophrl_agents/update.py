@@ -10,6 +10,8 @@ What the paper leaves open:
 - **Old log-probabilities** are recomputed under the weights that acted, before the first optimiser step, in the
   micro-batches that the first epoch trains on: matrix products of another shape, and autocast, round differently. The
   ratio is then exactly 1 before the first step, and ``log_prob_gap`` tells what was recorded otherwise.
+- **A frozen trunk looks once.** Where the features of the observations depend on no weight that learns, they are
+  computed at the start of the update and serve every epoch, the old log-probabilities and the reference.
 - **Where nothing is to be learned, nothing moves.** A mini-batch whose gradient is 0 by construction makes no optimiser
   step, since Adam's momentum alone would move the weights; there is no weight decay.
 """
@@ -40,6 +42,7 @@ from prophrl_agents.gradients import Averages, processes, sum_gradients, sum_ove
 from prophrl_agents.learner import Learner
 from prophrl_agents.lesson import make_lesson, mini_batches
 from prophrl_agents.losses import fa_grpo_loss, flow_grpo_loss
+from prophrl_agents.policies.base import Observation
 
 __all__ = ["update_policy"]
 
@@ -89,6 +92,7 @@ class _Update:
         self.failed_batch = failed_batch
         self.device = learner.parameters[0].device
         self.averages = Averages()
+        self.features = self._encode_once() if config.freeze_trunk else None
         self.epochs = mini_batches(batch, config, update, processes().num_processes)
         self.lesson = make_lesson(batch, config, self._call_advantages() if config.algorithm == "ppo" else None)
         (self.commands,) = sum_over_processes([float(self.lesson.mask.sum())])
@@ -146,10 +150,33 @@ class _Update:
         enabled = self.config.mixed_precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    @torch.no_grad()
+    def _encode_once(self) -> Tensor | None:
+        """Returns the features (B, S, F) of all policy calls; None for a policy that learns or hides them."""
+        encode: Any = getattr(self.learner.policy, "encode", None)
+        b, s = self.batch.called.nonzero(as_tuple=True)
+        if encode is None or not len(b):
+            return None
+        with torch.enable_grad():
+            if encode(self.batch.observations(b[:1], s[:1])).requires_grad:
+                return None  # some of what is in front of the features learns
+        features: Tensor | None = None
+        for rows in torch.arange(len(b)).split(self.config.micro_batch):
+            with self._autocast():
+                part = encode(self.batch.observations(b[rows], s[rows]))
+            if features is None:
+                features = part.new_zeros(*self.batch.called.shape, part.shape[1])
+            features[b[rows], s[rows]] = part
+        return features
+
+    def _observations(self, b: Tensor, s: Tensor) -> Observation:
+        seen = self.batch.observations(b, s)
+        return seen if self.features is None else {**seen, "features": self.features[b, s]}
+
     def _log_prob(self, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns log-probabilities and, with a reference, the exact KL to it, both (M, K, CH, D)."""
         policy, reference = self.learner.policy, self.learner.reference
-        obs, path = self.batch.observations(b, s), self.batch.path[b, s].to(self.device)
+        obs, path = self._observations(b, s), self.batch.path[b, s].to(self.device)
         with self._autocast():
             if reference is None:
                 return policy.log_prob(obs, path), None
@@ -209,7 +236,7 @@ class _Update:
             generators.append(torch.Generator().manual_seed(int(seed)))
         policy: Any = self.learner.policy
         with self._autocast():
-            loss = policy.imitation_loss(batch.observations(b, s), batch.actions[b, s], generators, mask=mask)
+            loss = policy.imitation_loss(self._observations(b, s), batch.actions[b, s], generators, mask=mask)
         commands = float(mask.sum())
         self.averages.add([("imitation_loss", float(loss.detach()))], commands)
         return loss * (commands / normalizer)
@@ -224,7 +251,7 @@ class _Update:
         features = torch.zeros(len(b), learner.critic.feature_dim, device=self.device)
         with torch.no_grad(), self._autocast():
             for rows in torch.arange(len(b)).split(config.micro_batch) if len(b) else ():
-                features[rows] = policy.encode(batch.observations(b[rows], s[rows])).float()
+                features[rows] = policy.encode(self._observations(b[rows], s[rows])).float()
         values, index = torch.zeros(called.shape), torch.zeros(called.shape, dtype=torch.long)
         with torch.no_grad():
             values[b, s], index[b, s] = learner.critic(features).cpu(), torch.arange(len(b))

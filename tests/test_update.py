@@ -286,6 +286,32 @@ def test_learning_rate_warms_up_and_frozen_trunk_stays():
     assert moved == {"head"}
 
 
+def test_a_frozen_trunk_is_asked_once_and_nothing_else_changes():
+    class Counting(SmallFlowPolicy):
+        rows, use = 0, True
+
+        def encode(self, obs):
+            if self.use and "features" in obs:
+                return obs["features"]
+            self.rows += len(obs["image"])
+            return super().encode({name: value for name, value in obs.items() if name != "features"})
+
+    config = changed(freeze_trunk=True, epochs=2, beta=0.1)
+    policies = []
+    for use in (True, False):
+        policy = make_policy()
+        policy.__class__, policy.use, policy.rows = Counting, use, 0
+        learner = Learner.build(policy, config)
+        batch = make_batch(policy)
+        policy.rows = 0
+        update_policy(learner, batch, config, 0)
+        policies.append(policy)
+    once, often = policies
+    assert once.rows == int(batch.called.sum()) + 1 and often.rows > 3 * once.rows
+    for name, value in once.state_dict().items():
+        torch.testing.assert_close(value, often.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_clipping_bounds_the_step():
     _, metrics, learner = learn(config=changed(grad_clip=1e-3))
     assert metrics["gradient_norm"] > 1e-3 and gradient_of(learner).norm() == pytest.approx(1e-3, rel=1e-3)

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from prophet_gym.weights import locate_weights
 from prophet_gym.words import encode_instruction
 from prophrl_agents.flow_sde import FlowSchedule, Generators, LastStep, schedule
 from prophrl_agents.policies.base import FlowSample, Observation, SampleMode
@@ -31,6 +32,7 @@ from prophrl_agents.shapes import check_shape
 
 __all__ = ["SmallFlowPolicy", "SmallFlowPolicyConfig"]
 
+ASSETS = Path(__file__).parents[1] / "assets"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -178,10 +180,13 @@ class SmallFlowPolicy(nn.Module):
 
         Args:
             obs: "image" uint8 (B, H, W, 3), "state" float (B, P), "instruction" sequence of B strings; numpy or torch.
+                Where the learner has put an earlier result in "features", that is returned.
 
         Raises:
             ValueError: missing keys, wrong shapes or dtypes, NaN in the state, an instruction with unknown words.
         """
+        if "features" in obs:
+            return obs["features"]
         c = self.config
         missing = [key for key in ("image", "state", "instruction") if key not in obs]
         if missing:
@@ -281,11 +286,20 @@ class SmallFlowPolicy(nn.Module):
     ) -> SmallFlowPolicy:
         """Loads a policy; weights are cast to ``dtype``, statistics stay float32.
 
+        Args:
+            folder: where save_pretrained wrote one, the name of a packaged policy ("tabletop-sft",
+                "tabletop-reinforced"), or a hub repository ``owner/name``.
+            device: of the weights.
+            dtype: of trunk and head.
+
         Raises:
-            ValueError: a missing or unreadable file, another kind of policy, unknown config keys, weights that do not
-                fit.
+            ValueError: no such policy, a missing or unreadable file, another kind of policy, unknown config keys,
+                weights that do not fit.
         """
-        folder = Path(folder)
+        try:
+            folder = locate_weights(folder, ASSETS, _CONFIG)
+        except ValueError as error:
+            raise ValueError(f"no policy {error} Train one with `prophrl sft`") from error
         for name in (_CONFIG, _WEIGHTS):
             if not (folder / name).is_file():
                 raise ValueError(f"no {name} in {folder}; expected a folder written by save_pretrained (or by prophrl)")
