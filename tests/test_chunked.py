@@ -6,8 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
 
 from prophet_gym.compat.chunked import ChunkedEnv
+from prophet_gym.sims.vector import make_sync_vector_env
 
 
 def grey(observation: np.ndarray) -> np.ndarray:
@@ -41,8 +43,22 @@ def test_chunk_stops_with_the_episode() -> None:
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(np.full((50, 1), 3.0, np.float32))
     assert terminated and not truncated
-    assert 1 < info["num_executed"] == len(info["frames"]) < 50
+    assert 1 < info["num_executed"] < 50 == len(info["frames"])
+    assert (info["frames"][info["num_executed"] :] == info["frames"][-1]).all()
     assert reward == info["num_executed"] - 1  # the last command gives nothing: it has fallen
+
+
+def test_slots_that_end_inside_a_chunk_beside_slots_that_do_not() -> None:
+    def make() -> gym.Env:
+        return ChunkedEnv(gym.make("InvertedPendulum-v5"), 10, image=grey, image_size=8)
+
+    envs = make_sync_vector_env(make, 2, AutoresetMode.DISABLED)
+    envs.reset(seed=[0, 1])
+    chunks = np.zeros((2, 10, 1), np.float32)
+    chunks[0] = 3.0
+    _, _, terminated, _, info = envs.step(chunks)
+    assert terminated.tolist() == [True, False] and info["num_executed"][0] < info["num_executed"][1] == 10
+    assert info["frames"].shape == (2, 10, 8, 8, 3)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class ChunkedEnv(gym.Env):
 
     Observation: ``Dict(image (H, W, 3) uint8, state (P,) float32)``. Action: ``Box(C, D)``, the bounds of the wrapped
     environment repeated; 1 to C rows are accepted. Reward: the sum over the executed rows. ``info`` is the last row's,
-    with ``frames`` (c, H, W, 3) uint8, ``num_executed`` c and ``instruction``.
+    with ``frames`` (c, H, W, 3) uint8 for a chunk of c rows, ``num_executed`` and ``instruction``. Where an episode
+    ends inside a chunk, its last frame is repeated: a vector environment stacks the frames of its slots.
 
     Args:
         env: environment with a one-dimensional ``Box`` of actions.
@@ -110,7 +111,9 @@ class ChunkedEnv(gym.Env):
             total += float(reward)
             if terminated or truncated:
                 break
-        extra = {"frames": np.stack(frames), "num_executed": len(frames), "instruction": self.instruction}
+        executed = len(frames)
+        frames += frames[-1:] * (len(action) - executed)
+        extra = {"frames": np.stack(frames), "num_executed": executed, "instruction": self.instruction}
         return seen, total, bool(terminated), bool(truncated), {**info, **extra}
 
     def render(self) -> Any:
