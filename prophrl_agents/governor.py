@@ -33,16 +33,16 @@ class GovernorRules:
 
     every: int = 5
     """Updates between two checks."""
-    rollouts: int = 64
-    """Rollouts of an update that are checked, evenly spread over its groups."""
+    rollouts: int = 128
+    """Rollouts of an update that are checked, evenly spread over its groups; 128 tell a rate to 4 points."""
     min_precision: float = 0.5
     """Warn when fewer of the judged successes than this are true."""
     max_gap: float = 0.3
     """Warn when judged success exceeds true success by more than this."""
-    max_drop: float = 0.1
-    """React when true success is below its best by more than this..."""
+    max_drop: float = 0.15
+    """React when true success is below its best by more than this; the best of several checks is luck by 6 points..."""
     patience: int = 2
-    """...in so many checks in a row."""
+    """...over the last so many checks, taken together and all of them after the best."""
     reaction: Literal["warn", "stop", "rollback"] = "rollback"
     """What to do then: go on with a warning, stop, or go on from the best checkpoint."""
 
@@ -226,7 +226,7 @@ class Governor:
     def _report(self, update: int, judged: np.ndarray, true: np.ndarray) -> GovernorReport:
         count = len(true)
         proxy, truth = (float(x.mean()) if count else 0.0 for x in (judged, true))
-        before = [report.true_success for report in self.reports if report.count]
+        before = [(report.true_success, report.count) for report in self.reports if report.count]
         report = GovernorReport(
             update=update,
             count=count,
@@ -236,25 +236,27 @@ class Governor:
             precision=_rate(judged & true, judged),
             recall=_rate(judged & true, true),
             false_positive_rate=_rate(judged & ~true, ~true),
-            best=bool(count) and truth >= max(before, default=0.0),
+            best=bool(count) and truth >= max((rate for rate, _ in before), default=0.0),
             action="continue",
             reason="",
         )
         action, reason = self._decide(report, before)
         return replace(report, action=action, reason=reason)
 
-    def _decide(self, report: GovernorReport, before: list[float]) -> tuple[Action, str]:
+    def _decide(self, report: GovernorReport, before: list[tuple[float, int]]) -> tuple[Action, str]:
         rules = self.rules
         if not report.count:
             return "warn", "no rollout could be compared: judge or reference abstained on all of them"
-        recent = [*before, report.true_success][-rules.patience :]
-        floor = max(before, default=0.0) - rules.max_drop
-        if len(recent) == rules.patience and all(rate < floor for rate in recent):
-            return rules.reaction, (
-                f"true success {report.true_success:.2f} is more than {rules.max_drop:.2f} below its best "
-                f"{max(before):.2f} in {rules.patience} checks in a row, while the judge says "
-                f"{report.judged_success:.2f}"
-            )
+        checks = [*before, (report.true_success, report.count)]
+        best = max(range(len(checks)), key=lambda i: (checks[i][0], i))
+        recent = checks[best + 1 :][-rules.patience :]
+        if len(recent) == rules.patience:
+            rate = sum(rate * count for rate, count in recent) / sum(count for _, count in recent)
+            if rate < checks[best][0] - rules.max_drop:
+                return rules.reaction, (
+                    f"true success {rate:.2f} of the last {rules.patience} checks is more than {rules.max_drop:.2f} "
+                    f"below its best {checks[best][0]:.2f}, while the judge says {report.judged_success:.2f}"
+                )
         if report.precision is not None and report.precision[0] < rules.min_precision:
             return "warn", f"only {report.precision[0]:.2f} of the judged successes are true"
         if report.gap > rules.max_gap:
