@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def measure(config: Config) -> dict:
         for batch in config.batches:
             state = world.begin([snapshots[i % len(snapshots)] for i in range(batch)], range(batch))
             commands = random_commands(world, batch, rng)
-            seconds = median_seconds(lambda: world.predict(state, commands), config.repeats)  # noqa: B023
+            seconds = median_seconds(partial(world.predict, state, commands), config.repeats)
             with Stages(world) as stages:
                 for _ in range(config.repeats):
                     world.predict(state, commands)
@@ -163,9 +164,9 @@ def measure(config: Config) -> dict:
             }
             if dtype == "float32" and batch in (1, 8):
                 history = state.frames[:, None].expand(-1, world.config.history_frames, -1, -1, -1)
-                naive = median_seconds(lambda: naive_chunk(world, state, history, commands), 2)  # noqa: B023
+                naive = median_seconds(partial(naive_chunk, world, state, history, commands), 2)
                 steps = world.num_inference_steps
-                few = median_seconds(lambda: naive_chunk(world, state, history, commands, steps), 2)  # noqa: B023
+                few = median_seconds(partial(naive_chunk, world, state, history, commands, steps), 2)
                 row |= {
                     "naive_ms_per_chunk": 1e3 * naive,
                     "ratio_to_naive": naive / seconds,
