@@ -31,9 +31,9 @@ $(DOCS_INSTALLED): $(INSTALLED)
 
 install: $(INSTALLED)  ## create .venv and install the project with its tools
 
-demo: $(INSTALLED)  ## Prophet-Tabletop beside the simulator: metrics, an MP4 and a PNG in runs/demo
-	@echo "==> Prophet imagines, MuJoCo tells the truth: results go to runs/demo"
-	@$(BIN)/prophet demo
+demo: $(INSTALLED)  ## reinforce a policy inside Prophet, measure it in the simulator: runs/demo/report.html
+	@echo "==> a policy gets better inside Prophet and proves it in MuJoCo: results go to runs/demo"
+	@$(BIN)/prophrl demo
 
 test: $(INSTALLED)  ## the default test suite (CPU, offline, under five minutes on two cores)
 	@echo "==> running the tests"

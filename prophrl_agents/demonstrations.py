@@ -175,7 +175,8 @@ def read_demonstrations(
     lengths = np.array([len(episode) for episode in kept])
     arrays: dict[str, np.ndarray] = {}
     ends = np.cumsum(lengths)
-    for episode, end in zip(tqdm(kept, desc="reading demonstrations", disable=not progress), ends, strict=True):
+    bar = tqdm(kept, desc="reading demonstrations", disable=None if progress else True)
+    for episode, end in zip(bar, ends, strict=True):
         for key, values in _observe(episode).items():
             if key not in arrays:
                 arrays[key] = np.empty((ends[-1], *values.shape[1:]), values.dtype)

@@ -91,7 +91,7 @@ def collect_groups(
     began = time.perf_counter()
     collection = _Collection(env, policy, tuple(starts), group_size, noise_seed, mode, keep_frames)
     total = len(starts) * group_size
-    with tqdm(total=total, desc="rollouts", unit="rollout", disable=not progress) as bar:
+    with tqdm(total=total, desc="rollouts", unit="rollout", disable=None if progress else True) as bar:
         for first in range(0, total, env.num_envs):
             collection.run(range(first, min(first + env.num_envs, total)), max_env_steps, bar)
     return collection.to_batch(began)

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC_API = json.loads((ROOT / "tests" / "public_api.json").read_text())
+ASSETS = ROOT / "prophet_gym" / "assets", ROOT / "prophrl_agents" / "assets"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEAVY = ("mujoco", "transformers", "vllm", "ray", "lerobot", "stable_baselines3", "matplotlib")
 
@@ -62,7 +63,8 @@ def test_wheel_contains_code_and_assets() -> None:
     from hatchling.builders.wheel import WheelBuilder
 
     packaged = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    assets = {str(path.relative_to(ROOT)) for path in (ROOT / "prophet_gym" / "assets").rglob("*") if path.is_file()}
+    files = [path for assets in ASSETS for path in assets.rglob("*") if path.is_file()]
+    assets = {str(path.relative_to(ROOT)) for path in files}
     assert assets and assets <= packaged, sorted(assets - packaged)
     assert {"prophet_gym/__init__.py", "prophet_gym/cli.py", "prophrl_agents/__init__.py"} <= packaged
     assert any(name.endswith(".safetensors") for name in packaged)
@@ -70,9 +72,15 @@ def test_wheel_contains_code_and_assets() -> None:
 
 
 def test_shipped_checkpoints_stay_small() -> None:
-    for folder in (path for path in (ROOT / "prophet_gym" / "assets").iterdir() if path.is_dir()):
-        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        assert total <= 15e6, f"{folder.name} takes {total / 1e6:.1f} MB; at most 15 MB a checkpoint are shipped"
+    def megabytes(folder: Path) -> float:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+    worlds, policies = ASSETS
+    folders = [path for assets in ASSETS for path in assets.iterdir() if path.is_dir()]
+    for folder in folders:
+        assert (folder / "README.md").is_file(), f"{folder.name} has no model card"
+    for folder in (*(path for path in folders if path.parent == worlds), policies):
+        assert megabytes(folder) <= 15, f"{folder.name} takes {megabytes(folder):.1f} MB; at most 15 MB are shipped"
 
 
 @pytest.mark.parametrize("module_name", sorted(PUBLIC_API))

@@ -82,7 +82,7 @@ def evaluate_world_model(
     tracker_errors: list[np.ndarray] = []
     comparisons: list[Comparison] = []
     drawn, model_seconds = _pick(episodes), 0.0
-    bar = tqdm(total=len(episodes), desc="evaluate", unit="episode", disable=not progress)
+    bar = tqdm(total=len(episodes), desc="evaluate", unit="episode", disable=None if progress else True)
     for batch in np.array_split(np.arange(len(episodes)), range(batch_size, len(episodes), batch_size)):
         recorded = [replace(episodes[i]) for i in batch]  # copies, so that decoded frames are freed with the batch
         snapshots, seeds = [episode.snapshot(0) for episode in recorded], [seed + int(i) for i in batch]

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes the packaged policies of Tabletop again, after make_tabletop.sh: imitation, then reinforcement inside Prophet.
+# About half an hour on two CPU cores; every step continues where it was interrupted.
+set -euo pipefail
+prophrl=${PROPHRL:-.venv/bin/prophrl}
+runs=${RUNS:-runs/tabletop}
+resume() { [ -e "$1/checkpoints/last.pt" ] && echo --resume || true; }
+export_half() {  # run's policy, packaged folder
+  "$(dirname "$prophrl")/python" -c "import sys, torch; from prophrl_agents import SmallFlowPolicy as P
+P.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.float16)" "$1" "$2"
+}
+
+[ -e "$runs/sft/policy/config.json" ] || "$prophrl" sft tabletop --data "$runs/data/train" --run "$runs/sft" --steps 2050 \
+  --mixed-precision bf16 --eval-every 0 $(resume "$runs/sft")
+export_half "$runs/sft/policy" "$runs/policies/tabletop-sft"
