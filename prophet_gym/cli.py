@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from .audit import audit as audit_episodes
+from .audit import format_audit
 from .command_line import run_commands
 from .data.folder import EpisodeFolder
+from .data.opening import open_dataset
 from .demo import DemoConfig, run_demo
 from .judges.calibration import evaluate_judge, format_calibration
 from .judges.classifier import ClassifierJudge
@@ -97,6 +100,34 @@ def snapshots(out: Positional[Path], count: int = 64, seed: int = 2_000_000, ove
     from .data.record import record_snapshots  # needs MuJoCo
 
     print(f"{len(record_snapshots(out, count, seed, overwrite=overwrite))} snapshots in {out}")
+
+
+def audit(
+    data: Positional[Path],
+    card: str | None = None,
+    camera: str | None = None,
+    episodes: int = 50,
+    out: Path | None = None,
+) -> None:
+    """Check a data set's conventions before training: delays, axes, signs, gripper, units, frozen or missing frames.
+
+    The exit status is 1 if there is a fault, 2 if the set cannot be opened.
+
+    Args:
+        data: a folder of episodes, a LeRobot, RLDS or HDF5 data set.
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        camera: which camera; the card's or the first by default.
+        episodes: how many, from the first; each is decoded once.
+        out: JSON file for the findings.
+    """
+    opened = open_dataset(data, card=card, camera=camera)
+    report = audit_episodes(opened, limit=episodes)
+    print(format_audit(report))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(to_json(report.to_dict()))
+    if report.exit_code:
+        raise SystemExit(report.exit_code)
 
 
 def train(what: TrainingRun) -> None:
@@ -230,6 +261,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "info": info,
     "record": record,
     "snapshots": snapshots,
+    "audit": audit,
     "train": train,
     "eval": evaluate,
     "judge": judge,

@@ -20,7 +20,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC_API = json.loads((ROOT / "tests" / "public_api.json").read_text())
 ASSETS = ROOT / "prophet_gym" / "assets", ROOT / "prophrl_agents" / "assets"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HEAVY = ("mujoco", "transformers", "vllm", "ray", "lerobot", "stable_baselines3", "matplotlib")
+HEAVY = ("mujoco", "transformers", "vllm", "ray", "lerobot", "stable_baselines3", "matplotlib", "pyarrow", "h5py")
 
 
 def tracked_files() -> list[Path]:
@@ -53,9 +53,8 @@ def test_constraints_pin_every_core_and_tool_dependency() -> None:
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins), pins
     extras = PYPROJECT["project"]["optional-dependencies"]
-    needed = names(
-        PYPROJECT["project"]["dependencies"] + extras["dev"] + extras["docs"] + extras["viz"] + extras["ray"]
-    )
+    pinned = ("dev", "docs", "viz", "ray", "data")
+    needed = names(PYPROJECT["project"]["dependencies"] + [line for extra in pinned for line in extras[extra]])
     assert needed == names(pins)
 
 
@@ -191,7 +190,7 @@ def test_no_private_paths_or_registries() -> None:
     private = re.compile(rf"(^|[^A-Za-z.])/({folders})/|index" + r"-url|find" + r"-links|python" + "hosted")
     found = []
     for path in tracked_files():
-        if path.suffix in {".png", ".mp4", ".npz", ".safetensors"}:
+        if path.suffix in {".png", ".mp4", ".npz", ".safetensors", ".zip"}:
             continue
         lines = path.read_text(encoding="utf-8").splitlines()
         found += [f"{path.relative_to(ROOT)}:{i}: {line}" for i, line in enumerate(lines, 1) if private.search(line)]
