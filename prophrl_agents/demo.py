@@ -38,8 +38,8 @@ class DemoConfig:
     """Folder of the results. An interrupted demonstration goes on, a finished one is made anew."""
     policy: str = "tabletop-sft"
     """The imitation policy: packaged name or folder."""
-    reinforced: str | None = "tabletop-reinforced"
-    """A policy that was reinforced for longer, measured beside; None leaves it out."""
+    reinforced: str | None = None
+    """Folder of a policy that was reinforced for longer, to be measured beside."""
     checkpoint: str | None = None
     """Folder of the world model; the packaged one by default."""
     updates: int = 24

@@ -111,7 +111,7 @@ def _rows(result: DemoResult) -> list[tuple[str, ...]]:
     names = {
         "before": "imitation",
         "after": f"+ {result.config.updates} updates in Prophet, here",
-        "longer": "reinforced for longer, packaged",
+        "longer": "reinforced for longer",
     }
     rows: list[tuple[str, ...]] = []
     for name, label in names.items():

@@ -43,11 +43,14 @@ imitation="$runs/imitation"
 "$prophrl" record "$runs/data/extra" --policy "$imitation/policy" --episodes 1016 --seed 4000000 --noisy-share 0.6
 mkdir -p "$runs/data/all"
 ln -sfn "$(realpath "$runs/data/train")"/episode_* "$(realpath "$runs/data/extra")"/episode_* "$runs/data/all/"
-world "$runs/final" --data "$runs/data/all" --init "$runs/world/prophet" --steps 3200 --decay-fraction 0.6 --warmup-steps 50 --seed 3
+world "$runs/contact" --data "$runs/data/all" --motion-weight 3 --object-weight 16 --init "$runs/world/prophet" --steps 3200 \
+  --decay-fraction 0.6 --warmup-steps 50 --seed 3
+world "$runs/final" --data "$runs/data/all" --init "$runs/contact/prophet" --steps 1700 --decay-fraction 0.7 --warmup-steps 50 \
+  --seed 4
 world=$runs/final/prophet
 cp "$runs"/decoder/vae/* "$world/vae/"  # same encoder, so the denoiser fits
-[ -e "$runs/judge/judge.json" ] || "$prophet" judge train --data "$runs/data/all" --val "$runs/data/val" \
-  --checkpoint "$world" --max-episodes 1600 --steps 900 --chunk-length 8 --output "$runs/judge"
+[ -e "$runs/judge/judge.json" ] || "$prophet" judge train --data "$runs/data/all" "$runs/data/extra" \
+  --val "$runs/data/val" --checkpoint "$world" --max-episodes 1600 --steps 700 --chunk-length 8 --output "$runs/judge"
 
 cp -rT "$runs/judge" "$world/judge"
 "$prophet" snapshots "$world/snapshots" --overwrite

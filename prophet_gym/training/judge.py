@@ -197,7 +197,7 @@ def fit_judge(
     metrics = {
         # Folder names, not paths: the file travels with the judge.
         "config": {
-            **dataclasses.asdict(config),
+            **{k: Path(v).name if k == "checkpoint" else v for k, v in dataclasses.asdict(config).items()},
             "data": [Path(folder).name for folder in config.data],
             "val": Path(config.val).name,
             "output": Path(config.output).name,

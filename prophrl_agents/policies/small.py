@@ -287,8 +287,8 @@ class SmallFlowPolicy(nn.Module):
         """Loads a policy; weights are cast to ``dtype``, statistics stay float32.
 
         Args:
-            folder: where save_pretrained wrote one, the name of a packaged policy ("tabletop-sft",
-                "tabletop-reinforced"), or a hub repository ``owner/name``.
+            folder: where save_pretrained wrote one, the name of a packaged policy ("tabletop-sft"), or a
+                hub repository ``owner/name``.
             device: of the weights.
             dtype: of trunk and head.
 

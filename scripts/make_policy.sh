@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the packaged policies of Tabletop again, after make_tabletop.sh: imitation, then reinforcement inside Prophet.
-# About half an hour on two CPU cores; every step continues where it was interrupted.
+# Makes the packaged imitation policy of Tabletop again, after make_tabletop.sh. Six minutes on two CPU cores; an
+# interrupted run goes on.
 set -euo pipefail
 prophrl=${PROPHRL:-.venv/bin/prophrl}
 runs=${RUNS:-runs/tabletop}
