@@ -92,7 +92,7 @@ class ProphetEnv(gym.Env):
         given = known_options(options, ("snapshot",)).get("snapshot")
         observation, info = self._engine.reset(seed=seed, options={"snapshots": [given]})
         self._np_random = self._engine.slots[0].rng
-        return _first(observation), _own_info(info)
+        return _first(observation), own_info(info)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Executes a chunk (C, 7N) of native commands.
@@ -103,7 +103,7 @@ class ProphetEnv(gym.Env):
         """
         action = self.world_model.action_spec.check(action, self.world_model.chunk_length)
         observation, reward, terminated, truncated, info = self._engine.step(action[None])
-        return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _own_info(info)
+        return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), own_info(info)
 
     def render(self) -> np.ndarray | None:
         """Returns the current frame (H, W, 3) uint8, or None without ``render_mode``."""
@@ -139,6 +139,7 @@ def _first(observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value[0] for key, value in observation.items()}
 
 
-def _own_info(info: dict[str, Any]) -> dict[str, Any]:
+def own_info(info: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a vector info says about its first slot, numbers as plain Python values."""
     own = {key: info[key][0] for key in info if not key.startswith("_") and info[f"_{key}"][0]}
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in own.items()}

@@ -23,13 +23,30 @@ if TYPE_CHECKING:
     from .snapshot import Snapshot
     from .world_model.state import WorldModel
 
-__all__ = ["INTERFACES", "SIMULATOR_ID", "WORLDS", "World", "find_world", "register_worlds", "resolve_checkpoint"]
+__all__ = [
+    "INTERFACES",
+    "SIMULATOR_ID",
+    "SINGLE_COMMAND",
+    "WORLDS",
+    "World",
+    "find_world",
+    "make_chunk_engine",
+    "register_worlds",
+    "resolve_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 SIMULATOR_ID = "Tabletop-v0"
-INTERFACES = ("chunk", "flat")
+SINGLE_COMMAND = {
+    "simpler": "simpler:SimplerEnv",
+    "maniskill": "maniskill:ManiSkillEnv",
+    "libero": "libero:LiberoEnv",
+    "lerobot": "lerobot:LeRobotVectorEnv",
+}
+"""Interfaces of other projects, one command a step: where each lives in :mod:`prophet_gym.compat`."""
+INTERFACES = ("chunk", "flat", *SINGLE_COMMAND)
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,11 @@ WORLDS: dict[str, World] = {
 """Every world by id."""
 
 
+# Wrappers of Gymnasium >= 1.0 hide what they wrap: env.get_language_instruction() must survive gym.make. The worlds
+# refuse a step before reset themselves.
+_BARE: dict[str, Any] = {"order_enforce": False, "disable_env_checker": True}
+
+
 def register_worlds() -> None:
     """Registers the worlds and the simulator with Gymnasium; called when :mod:`prophet_gym` is imported."""
     for env_id in WORLDS:
@@ -75,11 +97,13 @@ def register_worlds() -> None:
             entry_point="prophet_gym.registration:make_world",
             vector_entry_point="prophet_gym.registration:make_vector_world",
             kwargs={"env_id": env_id},
+            **_BARE,
         )
     gym.register(
         SIMULATOR_ID,
         entry_point="prophet_gym.registration:make_simulator",
         vector_entry_point="prophet_gym.registration:make_vector_simulator",
+        **_BARE,
     )
 
 
@@ -100,13 +124,14 @@ def make_world(
     checkpoint: str | Path | None = None,
     snapshots: str | Path | Sequence[Snapshot] | None = None,
     judge: Any = None,
-    judge_every_chunk: bool = False,
+    judge_every_chunk: bool | None = None,
     chunk_length: int | None = None,
     horizon: int | None = None,
     num_inference_steps: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     interface: str = "chunk",
+    action_buffer: str | None = None,
     render_mode: str | None = None,
 ) -> gym.Env:
     """Makes one imagined world; ``gym.make(env_id, ...)`` ends here.
@@ -118,13 +143,17 @@ def make_world(
             ``snapshots/`` of the checkpoint, if it has some.
         judge: a judge, any callable ``(frames, instruction) -> Verdict | bool | float``, or the folder of a
             ``ClassifierJudge``; default ``judge/`` of the checkpoint, if it has one.
-        judge_every_chunk: judge after every chunk instead of once at the horizon.
+        judge_every_chunk: judge after every chunk instead of once at the horizon; default with the interfaces of
+            single commands, whose loops look for success after every step.
         chunk_length: commands of one action chunk; default that of the world.
         horizon: commands after which a rollout is truncated; default that of the world.
         num_inference_steps: denoising steps; default the checkpoint's.
         device: of the networks, as in torch.
         dtype: "float32", "bfloat16" or "float16".
-        interface: "chunk" (:class:`prophet_gym.ProphetEnv`) or "flat" (:mod:`prophet_gym.compat.flat`).
+        interface: "chunk" (:class:`prophet_gym.ProphetEnv`), "flat" (:mod:`prophet_gym.compat.flat`), or a key of
+            :data:`SINGLE_COMMAND`: one command a step, as another project's environments take them.
+        action_buffer: with an interface of single commands, "immediate" (default: the world runs for every command)
+            or "chunk" (once per ``chunk_length`` commands); see :mod:`prophet_gym.compat.single_step`.
         render_mode: None or "rgb_array".
 
     Raises:
@@ -134,13 +163,29 @@ def make_world(
     from .compat.flat import FlatEnv
     from .env import ProphetEnv
 
-    _require_interface(interface)
+    _require_interface(interface, action_buffer)
+    if interface in SINGLE_COMMAND:
+        engine = make_vector_world(
+            env_id,
+            checkpoint=checkpoint,
+            snapshots=snapshots,
+            judge=judge,
+            judge_every_chunk=judge_every_chunk is not False,
+            chunk_length=chunk_length,
+            horizon=horizon,
+            num_inference_steps=num_inference_steps,
+            device=device,
+            dtype=dtype,
+            render_mode=render_mode,
+            autoreset_mode="Disabled",
+        )
+        return _present(interface, engine, action_buffer)
     world = find_world(env_id)
     world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
     env = ProphetEnv(
         world_model,
         horizon=world.horizon if horizon is None else horizon,
-        judge_every_chunk=judge_every_chunk,
+        judge_every_chunk=bool(judge_every_chunk),
         chunk_length=world.chunk_length if chunk_length is None else chunk_length,
         num_inference_steps=num_inference_steps,
         render_mode=render_mode,
@@ -156,38 +201,59 @@ def make_vector_world(
     checkpoint: str | Path | None = None,
     snapshots: str | Path | Sequence[Snapshot] | None = None,
     judge: Any = None,
-    judge_every_chunk: bool = False,
+    judge_every_chunk: bool | None = None,
     chunk_length: int | None = None,
     horizon: int | None = None,
     num_inference_steps: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     interface: str = "chunk",
+    action_buffer: str | None = None,
     render_mode: str | None = None,
-    autoreset_mode: AutoresetMode | str = "NextStep",
+    autoreset_mode: AutoresetMode | str | None = None,
 ) -> VectorEnv:
     """Makes a batch of imagined worlds with one model; ``gym.make_vec(env_id, num_envs, ...)`` ends here.
 
-    Arguments and errors as :func:`make_world`; ``autoreset_mode`` as in :class:`prophet_gym.ProphetVectorEnv`.
+    Arguments and errors as :func:`make_world`; ``autoreset_mode`` as in :class:`prophet_gym.ProphetVectorEnv`, default
+    "NextStep", and "SameStep" with ``interface="lerobot"``, the only batch of single commands.
     """
     from .compat.flat import FlatVectorEnv
     from .vector_env import ProphetVectorEnv
 
-    _require_interface(interface)
+    _require_interface(interface, action_buffer, batch=True)
     world = find_world(env_id)
     world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
     env = ProphetVectorEnv(
         world_model,
         num_envs,
         horizon=world.horizon if horizon is None else horizon,
-        judge_every_chunk=judge_every_chunk,
+        judge_every_chunk=interface == "lerobot" if judge_every_chunk is None else judge_every_chunk,
         chunk_length=world.chunk_length if chunk_length is None else chunk_length,
         num_inference_steps=num_inference_steps,
         render_mode=render_mode,
-        autoreset_mode=autoreset_mode,
+        autoreset_mode=_autoreset(interface, autoreset_mode),
         **parts,
     )
+    if interface == "lerobot":
+        return _present(interface, env, action_buffer)
     return FlatVectorEnv(env) if interface == "flat" else env
+
+
+def make_chunk_engine(
+    env_id: str, num_envs: int = 1, *, autoreset_mode: AutoresetMode | str = "Disabled", **options: Any
+) -> Any:
+    """Makes what the interfaces of single commands stand on: a chunk vector environment.
+
+    Args:
+        env_id: a key of :data:`WORLDS`, or ``"Tabletop-v0"``.
+        num_envs: slots.
+        autoreset_mode: "Disabled", or "SameStep" for loops that expect slots to restart.
+        options: of :func:`make_world`, without ``interface``; success is judged after every chunk by default.
+    """
+    if env_id == SIMULATOR_ID:
+        return make_vector_simulator(num_envs, autoreset_mode=autoreset_mode, **options)
+    options = {"judge_every_chunk": True, **options}
+    return make_vector_world(env_id, num_envs, autoreset_mode=autoreset_mode, **options)
 
 
 def resolve_checkpoint(world: World, checkpoint: str | Path | None) -> Path:
@@ -209,17 +275,20 @@ def resolve_checkpoint(world: World, checkpoint: str | Path | None) -> Path:
         raise MissingCheckpointError(f"No checkpoint {error} {_remedy(world)}") from error
 
 
-def make_simulator(interface: str = "chunk", **options: Any) -> gym.Env:
+def make_simulator(interface: str = "chunk", action_buffer: str | None = None, **options: Any) -> gym.Env:
     """Makes the ground truth of Prophet-Tabletop; ``gym.make("Tabletop-v0", ...)`` ends here.
 
     Args:
-        interface: "chunk" or "flat", as in :func:`make_world`.
+        interface: as in :func:`make_world`.
+        action_buffer: as in :func:`make_world`.
         options: of :class:`prophet_gym.sims.tabletop_env.TabletopEnv`.
     """
     from .compat.flat import FlatEnv
     from .sims.tabletop_env import TabletopEnv
 
-    _require_interface(interface)
+    _require_interface(interface, action_buffer)
+    if interface in SINGLE_COMMAND:
+        return _present(interface, make_chunk_engine(SIMULATOR_ID, **options), action_buffer)
     twin = WORLDS["Prophet-Tabletop-v0"]
     env = TabletopEnv(**{"chunk_length": twin.chunk_length, "horizon": twin.horizon, **options})
     return FlatEnv(env) if interface == "flat" else env
@@ -229,7 +298,8 @@ def make_vector_simulator(
     num_envs: int = 1,
     *,
     interface: str = "chunk",
-    autoreset_mode: AutoresetMode | str = "NextStep",
+    action_buffer: str | None = None,
+    autoreset_mode: AutoresetMode | str | None = None,
     **options: Any,
 ) -> VectorEnv:
     """Makes a batch of simulators; ``gym.make_vec("Tabletop-v0", num_envs, ...)`` ends here."""
@@ -237,8 +307,11 @@ def make_vector_simulator(
     from .compat.flat import FlatVectorEnv
     from .sims.vector import make_sync_vector_env
 
-    _require_interface(interface)
-    env = make_sync_vector_env(lambda: make_simulator(**options), num_envs, parse_autoreset_mode(autoreset_mode))
+    _require_interface(interface, action_buffer, batch=True)
+    mode = parse_autoreset_mode(_autoreset(interface, autoreset_mode))
+    env = make_sync_vector_env(lambda: make_simulator(**options), num_envs, mode)
+    if interface == "lerobot":
+        return _present(interface, env, action_buffer)
     return FlatVectorEnv(env) if interface == "flat" else env
 
 
@@ -284,9 +357,29 @@ def _require_conventions(world: World, world_model: WorldModel) -> None:
         )
 
 
-def _require_interface(interface: str) -> None:
+def _require_interface(interface: str, action_buffer: str | None, batch: bool = False) -> None:
     if interface not in INTERFACES:
         raise ValueError(f"interface={interface!r}: expected one of {INTERFACES}.{nearest(interface, INTERFACES)}")
+    if interface not in SINGLE_COMMAND and action_buffer is not None:
+        raise ValueError(f"action_buffer={action_buffer!r}: interface={interface!r} takes whole chunks; leave it out.")
+    if interface in SINGLE_COMMAND and batch != (interface == "lerobot"):
+        call = "gym.make_vec" if interface == "lerobot" else "gym.make, or num_envs= of compat.maniskill.make"
+        raise ValueError(f"interface={interface!r} does not exist here: expected {call}.")
+
+
+def _autoreset(interface: str, autoreset_mode: AutoresetMode | str | None) -> AutoresetMode | str:
+    if autoreset_mode is not None:
+        return autoreset_mode
+    return "SameStep" if interface == "lerobot" else "NextStep"
+
+
+def _present(interface: str, engine: VectorEnv, action_buffer: str | None) -> Any:
+    """Puts the interface of another project on a chunk engine."""
+    from importlib import import_module
+
+    module, name = SINGLE_COMMAND[interface].split(":")
+    make = getattr(import_module(f".compat.{module}", __package__), name)
+    return make(engine, action_buffer=action_buffer or "immediate")
 
 
 def _remedy(world: World) -> str:

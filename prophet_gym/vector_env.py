@@ -210,6 +210,11 @@ class ProphetVectorEnv(VectorEnv):
             self.slots[i] = slot
         return self._observation()
 
+    def resume(self) -> None:
+        """Lets rollouts that ended in success, short of the horizon, go on; the next verdict may take success back."""
+        for slot in self.slots:
+            slot.terminated = slot.terminated and slot.truncated
+
     def fork(
         self, n: int, *, seeds: Sequence[int] | None = None, autoreset_mode: AutoresetMode | str | None = None
     ) -> ProphetVectorEnv:

@@ -17,7 +17,10 @@ RUNS = {
     "batched_rollouts": (["--num-envs", "2", "--horizon", "8", "--steps", "3"], "frames/s"),
     "best_of_n": (["--members", "3", "--horizon", "16"], "0 of 3 plans judged"),
     "write_a_judge": (["--horizon", "8", "--rollouts", "1"], "check_judge: passed"),
-    "sb3_ppo": (["--total-timesteps", "8", "--n-steps", "8", "--horizon", "8"], "verdict"),
+    "sb3_ppo": (["--total-timesteps", "8", "--n-envs", "2", "--n-steps", "4", "--horizon", "8"], "verdict"),
+    "eval_simpler": (["--episodes", "1", "--horizon", "8"], "success rate 0.00 of 1"),
+    "eval_libero": (["--episodes", "1", "--max-steps", "8"], "success rate 0.00 of 1"),
+    "eval_lerobot": (["--num-envs", "2", "--horizon", "8"], "success rate 0.00 of 2"),
     "twin": (["--horizon", "9"], "PSNR"),
     "fa_grpo_single_file": (
         ["--updates", "1", "--groups", "2", "--group-size", "2", "--mini-batch", "4", "--horizon", "8"],

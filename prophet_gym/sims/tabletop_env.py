@@ -163,6 +163,10 @@ class TabletopEnv(gym.Env):
         self._frame = self.sim.render()
         return self._observe()
 
+    def resume(self) -> None:
+        """Lets an episode that ended in success, short of the horizon, go on; the next step may lose it again."""
+        self._done = self._num_commands >= self.horizon
+
     def fork(self, n: int, *, seeds: Sequence[int] | None = None) -> SyncVectorEnv:
         """Returns n members that go on from here, as a vector environment with autoreset disabled.
 

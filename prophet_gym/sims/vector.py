@@ -49,6 +49,13 @@ class SlotEnv(gym.Wrapper):
             self.held = copy.deepcopy(observation), 0.0, terminated, truncated, {}
         return observation, reward, terminated, truncated, info
 
+    def resume(self) -> None:
+        """Lets an episode that ended in success, short of the horizon, go on, if the environment can."""
+        if self.held is not None and not self.held[3]:
+            unwrapped: Any = self.env.unwrapped
+            unwrapped.resume()
+            self.held = None
+
 
 class HoldingSyncVectorEnv(SyncVectorEnv):
     """Gymnasium's serial vector environment over :class:`SlotEnv`, with finished slots held if autoreset is disabled.
@@ -70,6 +77,11 @@ class HoldingSyncVectorEnv(SyncVectorEnv):
                 raise ValueError("step() after every episode ended: call reset() first.")
             self._autoreset_envs[:] = False  # where Gymnasium would stop for a slot that has not been reset
         return super().step(actions)
+
+    def resume(self) -> None:
+        """Lets episodes that ended in success, short of the horizon, go on; they may lose it again."""
+        for slot in self.envs:
+            slot.resume()
 
 
 def make_sync_vector_env(
