@@ -13,7 +13,9 @@ import numpy as np
 import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-import prophet_gym  # noqa: F401  registers the ids
+import prophet_gym
+
+gym.register_envs(prophet_gym)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ import torch
 import tyro
 from torch import Tensor
 
-import prophet_gym  # noqa: F401  registers the ids
+import prophet_gym
 from prophrl_agents import SmallFlowPolicy
+
+gym.register_envs(prophet_gym)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-import prophet_gym  # noqa: F401  registers the ids
+import prophet_gym
 from prophet_gym.metrics import save_mp4
+
+gym.register_envs(prophet_gym)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-import prophet_gym  # noqa: F401  registers the ids
+import prophet_gym
 from prophet_gym.metrics import Comparison, draw_strips, fidelity_metrics, save_png
 from prophet_gym.sims.expert import ExpertConfig, ScriptedExpert
+
+gym.register_envs(prophet_gym)
 
 
 @dataclass(frozen=True)

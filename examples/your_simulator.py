@@ -27,7 +27,7 @@ CHUNK, TASK = 2, "balance the pole"
 
 @dataclass(frozen=True)
 class Config:
-    """Size of the run; the default takes about a minute on two cores."""
+    """Size of the run; the default takes a few minutes on two cores."""
 
     run: Path = Path("runs/examples/your_simulator")
     """Run folder."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ class RolloutBatch:
                     f"{other.group_size} and {first.group_size}; expected one layout: collect them with the same "
                     "policy and environment settings"
                 )
-        joined: dict[str, object] = {}
+        joined: dict[str, Any] = {}
         for entry in fields(RolloutBatch):
             values = [getattr(batch, entry.name) for batch in batches]
             if entry.name in ("std", "group_size"):
@@ -162,4 +163,4 @@ class RolloutBatch:
                 joined[entry.name] = sum(values, ())
         stages = {name for batch in batches for name in batch.seconds}
         joined["seconds"] = {name: sum(batch.seconds.get(name, 0.0) for batch in batches) for name in sorted(stages)}
-        return replace(first, **joined)  # type: ignore[arg-type]
+        return replace(first, **joined)

@@ -38,8 +38,6 @@ class DemoConfig:
     """Folder of the results. An interrupted demonstration goes on, a finished one is made anew."""
     policy: str = "tabletop-sft"
     """The imitation policy: packaged name or folder."""
-    reinforced: str | None = None
-    """Folder of a policy that was reinforced for longer, to be measured beside."""
     checkpoint: str | None = None
     """Folder of the world model; the packaged one by default."""
     updates: int = 24
@@ -70,8 +68,6 @@ def run_demo(config: DemoConfig) -> str:
     """
     began, train = time.perf_counter(), config.out / "train"
     policies = {"before": SmallFlowPolicy.from_pretrained(config.policy)}
-    if config.reinforced is not None:
-        policies["longer"] = SmallFlowPolicy.from_pretrained(config.reinforced)
     if (config.out / "report.html").exists():
         (config.out / "report.html").unlink()
         shutil.rmtree(train, ignore_errors=True)
@@ -84,18 +80,18 @@ def run_demo(config: DemoConfig) -> str:
     GRPOTrainer(_training(config, train)).train()
     policies["after"] = SmallFlowPolicy.from_pretrained(train / "policy")
     evaluations = _evaluate(policies, config)
-    comparisons = {name: compare(evaluations["before"], evaluations[name]) for name in policies if name != "before"}
+    comparison = compare(evaluations["before"], evaluations["after"])
     result = DemoResult(
         config=config,
         evaluations=evaluations,
-        comparisons=comparisons,
+        comparison=comparison,
         metrics=RunFolder(train).read_metrics(),
         world_summary=world_summary,
         seconds=time.perf_counter() - began,
     )
     figures = {
         "evaluations": {name: evaluation.to_dict() for name, evaluation in evaluations.items()},
-        "comparisons": {name: comparison.to_dict() for name, comparison in comparisons.items()},
+        "comparison": comparison.to_dict(),
         "seconds": result.seconds,
     }
     write_json(figures, config.out / "reinforcement.json")

@@ -27,8 +27,8 @@ class DemoResult:
 
     Attributes:
         config: of the demonstration.
-        evaluations: of "before", "after" and, if there is one, "longer", in the simulator.
-        comparisons: of the others with "before".
+        evaluations: of "before" and "after", in the simulator.
+        comparison: of the two.
         metrics: lines of the training run's metrics.jsonl.
         world_summary: text of the first part.
         seconds: of everything.
@@ -36,7 +36,7 @@ class DemoResult:
 
     config: DemoConfig
     evaluations: dict[str, Evaluation]
-    comparisons: dict[str, Comparison]
+    comparison: Comparison
     metrics: list[dict[str, Any]]
     world_summary: str
     seconds: float
@@ -48,7 +48,7 @@ def write_report(result: DemoResult) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    config, gain = result.config, result.comparisons["after"]
+    config, gain = result.config, result.comparison
     lead = (
         f"The imitation policy succeeds in {gain.before:.1%} of the scenes. After {config.updates} updates inside "
         f"Prophet, without one step in the simulator, it succeeds in {gain.after:.1%}: {gain.difference:+.1f} points, "
@@ -108,19 +108,14 @@ def draw_curves(metrics: list[dict[str, Any]]) -> str:
 
 
 def _rows(result: DemoResult) -> list[tuple[str, ...]]:
-    names = {
-        "before": "imitation",
-        "after": f"+ {result.config.updates} updates in Prophet, here",
-        "longer": "reinforced for longer",
-    }
+    labels = {"before": "imitation", "after": f"+ {result.config.updates} updates in Prophet"}
+    gain = result.comparison
+    cells = {"before": ("", ""), "after": (f"{gain.difference:+.1f}", f"[{gain.low:+.1f}, {gain.high:+.1f}]")}
     rows: list[tuple[str, ...]] = []
-    for name, label in names.items():
-        if name not in result.evaluations:
-            continue
-        one, gain = result.evaluations[name], result.comparisons.get(name)
+    for name, label in labels.items():
+        one = result.evaluations[name]
         low, high = one.interval
-        cells = ("", "") if gain is None else (f"{gain.difference:+.1f}", f"[{gain.low:+.1f}, {gain.high:+.1f}]")
-        rows.append((label, f"{one.success_rate:.1%}", f"[{low:.1%}, {high:.1%}]", *cells))
+        rows.append((label, f"{one.success_rate:.1%}", f"[{low:.1%}, {high:.1%}]", *cells[name]))
     return rows
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-import prophet_gym  # noqa: F401  (registers the worlds)
+import prophet_gym
 from prophet_gym.registration import SIMULATOR_ID, WORLDS
 from prophet_gym.sims.vector import make_sync_vector_env
 from prophrl_agents.config import WorldConfig
+
+gym.register_envs(prophet_gym)
 
 __all__ = ["make_environment"]
 

@@ -197,13 +197,13 @@ def _simulators(config: SFTConfig) -> VectorEnv:
     return make_environment(config.env, world, chunk_length=config.policy.chunk_length)
 
 
-def _check_simulators(env: VectorEnv, policy: SmallFlowPolicy, starts: Sequence[Start]) -> None:
+def _check_simulators(env: Any, policy: SmallFlowPolicy, starts: Sequence[Start]) -> None:
     """Requires now, not after the first thousand steps, that the policy can be tried there."""
     check_compatible(env, policy)
     for first in range(0, len(starts), env.num_envs):
         seeds = [start.seed for start in starts[first : first + env.num_envs]]
         seeds += seeds[-1:] * (env.num_envs - len(seeds))
-        for instruction in env.reset(seed=seeds)[1].get("instruction", [""]):  # type: ignore[arg-type]
+        for instruction in env.reset(seed=seeds)[1].get("instruction", [""]):
             words, problem = encode_instruction(instruction, policy.config.vocabulary, policy.config.max_words)
             if not words:
                 raise ValueError(

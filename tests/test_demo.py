@@ -81,6 +81,6 @@ def test_the_demonstration_ends_in_one_page(tmp_path):
     )
     figures = json.loads((config.out / "reinforcement.json").read_text())
     rows = figures["evaluations"]["before"]["rows"]
-    assert len(rows) == 4 and figures["comparisons"]["after"]["starts"] == 4
+    assert len(rows) == 4 and figures["comparison"]["starts"] == 4
     with pytest.raises(ValueError, match="updates is 0"):
         DemoConfig(updates=0)

@@ -9,8 +9,10 @@ import torch
 from squares import SPEC
 from squares import square_episode as episode
 
-import prophet_gym  # noqa: F401 - registers the environments
+import prophet_gym
 from prophrl_agents.demonstrations import read_demonstrations
+
+gym.register_envs(prophet_gym)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from prophet_gym.actions import ActionSpec
 from prophet_gym.atomic import atomic_folder
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.recordings import read_recording
+from prophet_gym.data.sequence import EpisodeSequence
 from prophet_gym.data.video import read_video, write_video
 
 FORMAT = "prophet_gym.episode/1"
@@ -117,7 +117,7 @@ def read_episode(folder: str | os.PathLike[str], *, camera_name: str | None = No
     )
 
 
-class EpisodeFolder(Sequence[Episode]):
+class EpisodeFolder(EpisodeSequence):
     """The episodes of a folder, sorted by name, each read anew at every access (nothing is cached)."""
 
     def __init__(self, root: str | os.PathLike[str], *, camera_name: str | None = None) -> None:
@@ -134,24 +134,14 @@ class EpisodeFolder(Sequence[Episode]):
         self.camera_name = camera_name
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is no folder; expected one with an episode folder for each trajectory")
-        self.names: tuple[str, ...] = tuple(
+        self.names = tuple(
             sorted(p.parent.name for p in self.root.glob("*/meta.json") if not p.parent.name.startswith("."))
         )
         if not self.names:
             raise ValueError(f"{self.root} holds no episodes; expected <name>/meta.json, data.npz and a video in it")
 
-    def __len__(self) -> int:
-        """Return the number of episodes."""
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> Episode: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Episode]: ...
-    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
-        """Read one episode, or a list of them for a slice; images stay undecoded."""
-        if isinstance(index, slice):
-            return [read_episode(self.root / name, camera_name=self.camera_name) for name in self.names[index]]
+    def read(self, index: int) -> Episode:
+        """Read one episode; images stay undecoded."""
         return read_episode(self.root / self.names[index], camera_name=self.camera_name)
 
     def __repr__(self) -> str:

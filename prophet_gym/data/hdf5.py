@@ -123,9 +123,10 @@ class HDF5Episodes(EpisodeSequence):
                 f"{path}: recorded at {own} Hz, but card {self.card.name!r} says {stated:g} Hz. Use "
                 f"dataclasses.replace(card, control_hz={own}) for this file, and do not mix rates in one set"
             )
-        if own is None and stated is None:
+        rate = stated if own is None else own
+        if rate is None:
             raise ValueError(f"{path} states no control_freq and card {self.card.name!r} no control_hz; give one")
-        return float(own if own is not None else stated)  # type: ignore[arg-type]
+        return float(rate)
 
 
 def _opened(path: Path) -> Any:

@@ -21,7 +21,7 @@ from prophet_gym.action_frames import Camera
 from prophet_gym.data.cards import DatasetCard, get_card
 from prophet_gym.data.columns import Rows, assemble
 from prophet_gym.data.episode import Episode
-from prophet_gym.data.sequence import EpisodeSequence, need_extra
+from prophet_gym.data.sequence import EpisodeSequence, need_extra, read_json
 from prophet_gym.data.video import read_video_at
 from prophet_gym.errors import nearest
 
@@ -60,7 +60,7 @@ class LeRobotEpisodes(EpisodeSequence):
         need_extra("pyarrow.parquet", "reading LeRobot data sets")
         self.root = Path(root)
         path = self.root / "meta" / "info.json"
-        self.info = _read_json(path)
+        self.info = read_json(path)
         version = self.info.get("codebase_version")
         if version not in VERSIONS:
             raise ValueError(
@@ -70,7 +70,7 @@ class LeRobotEpisodes(EpisodeSequence):
         missing = [key for key in ("fps", "features", "data_path") if key not in self.info]
         if missing or not isinstance(self.info.get("fps"), int | float) or self.info["fps"] <= 0:
             raise ValueError(f"{path} lacks {missing or 'a positive fps'}; restore the file")
-        self._own = _read_json(self.root / OWN_FILE) if (self.root / OWN_FILE).is_file() else {}
+        self._own = read_json(self.root / OWN_FILE) if (self.root / OWN_FILE).is_file() else {}
         self.card = self._card(card)
         self.camera = self._camera(camera)
         self._joined = version == "v3.0"
@@ -278,16 +278,6 @@ def _read_table(path: Path, columns: list[str] | None, episode: int | None, wher
         return pq.read_table(path, columns=columns, filters=only)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError) as error:
         raise ValueError(f"{where}: cannot be read ({error}); restore the file or leave the episode out") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected LeRobot's metadata: restore the file") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of keys and values")
-    return values
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

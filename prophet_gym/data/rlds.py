@@ -7,7 +7,6 @@ the values of all steps one after the other. Step t has the observation before c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from prophet_gym.data.cards import DatasetCard, get_card
 from prophet_gym.data.columns import Rows, assemble
 from prophet_gym.data.episode import Episode
-from prophet_gym.data.sequence import EpisodeSequence, need_extra
+from prophet_gym.data.sequence import EpisodeSequence, need_extra, read_json
 from prophet_gym.data.tfrecord import Record, parse_example, read_record, scan_records
 from prophet_gym.errors import nearest
 
@@ -71,13 +70,13 @@ class RLDSEpisodes(EpisodeSequence):
         """
         need_extra("google_crc32c", "reading RLDS data sets")
         self.root, self.card, self.split = Path(root), get_card(card), split
-        info = _read_json(self.root / "dataset_info.json")
+        info = read_json(self.root / "dataset_info.json")
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(
                 f"{self.root / 'dataset_info.json'} has fileFormat {info['fileFormat']!r}; expected 'tfrecord': "
                 "prepare the set again with tfds' default file format"
             )
-        self._features = dict(_flatten(_read_json(self.root / "features.json")))
+        self._features = dict(_flatten(read_json(self.root / "features.json")))
         if not any(name.startswith(_STEPS) for name in self._features):
             raise ValueError(f"{self.root / 'features.json'} has no steps: this is no RLDS data set of episodes")
         self.camera = self._choose_camera(camera)
@@ -239,13 +238,3 @@ def _metadata(example: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in sorted(example.items())
         if key.startswith(prefix) and isinstance(value, list) and len(value) == 1 and len(value[0]) < 1000
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected TFDS metadata: restore the file") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of keys and values")
-    return values

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, overload
 
 from tqdm import tqdm
@@ -82,7 +84,7 @@ class SoundEpisodes(EpisodeSequence):
             range(len(episodes)), desc="checking episodes", unit="episode", disable=None if progress else True
         ):
             try:
-                episodes[i].frames  # noqa: B018 - decoding is the check
+                len(episodes[i].frames)  # decodes them
                 kept.append(i)
             except ValueError as error:
                 skipped.append(SkippedEpisode(episodes.names[i], str(error)))
@@ -111,3 +113,18 @@ def need_extra(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise MissingExtraError(f'{what} needs {module}: pip install "prophet-gym[data]"') from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a metadata file that holds one JSON object.
+
+    Raises:
+        ValueError: It is missing, no JSON or no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected a JSON object: restore the file") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of keys and values")
+    return values
