@@ -148,7 +148,9 @@ def evaluated(config: Config, policy: Path, kept: Path) -> Evaluation:
     finally:
         env.close()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    np.save(kept, evaluation.success)
+    partial = kept.with_suffix(".partial.npy")
+    np.save(partial, evaluation.success)
+    partial.rename(kept)  # a killed run leaves no half file
     return evaluation
 
 
