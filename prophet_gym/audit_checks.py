@@ -7,11 +7,12 @@ where robots lag, drift and cut corners. `tests/test_audit.py` holds them to bot
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, get_args
 
 import numpy as np
 
-from prophet_gym.actions import Delta
+from prophet_gym.actions import Delta, Rotation
 from prophet_gym.audit_signals import DELAYS, Signals, correlation, explained, joined, moves
 from prophet_gym.data.columns import actions_from_poses
 from prophet_gym.data.episode import Episode
@@ -186,17 +187,26 @@ def check_calibration(signals: list[Signals]) -> list[Finding]:
         return [
             Finding("note", "camera", "no calibrated camera: action frames cannot be drawn, nor axes checked by it")
         ]
+    found = []
+    if len(having) < len(signals):
+        found.append(
+            Finding(
+                "warning",
+                "camera",
+                f"{len(signals) - len(having)} of {len(signals)} episodes have no calibrated camera or no poses, hence "
+                "no action frames: calibrate them, or train without action frames",
+            )
+        )
     seen, predicted = (np.concatenate([getattr(s, key) for s in having]) for key in ("image_motion", "predicted"))
     if len(seen) < _ROWS:
-        return []
+        return found
     table = correlation(predicted, seen)
     wrong = [axis for i, axis in enumerate(("right", "down")) if table[i, i] < 0.2 and abs(table[i]).max() > 0.2]
     text = f"projected motion and image motion correlate by {table[0, 0]:.2f} (right) and {table[1, 1]:.2f} (down)"
     if wrong:
-        return [
-            Finding("fault", "camera", f"{text}; expected clearly positive. Poses' axes, K, E or the image are turned")
-        ]
-    return [Finding("note", "camera", text)]
+        message = f"{text}; expected clearly positive. Poses' axes, K, E or the image are turned"
+        return [*found, Finding("fault", "camera", message)]
+    return [*found, Finding("note", "camera", text)]
 
 
 def check_poses(
@@ -253,28 +263,28 @@ def check_poses(
 
 
 def _check_frame(read: list[Episode]) -> list[Finding]:
-    """Whether another meaning of the deltas fits the measured poses much better."""
+    """Whether another meaning of the deltas, frame or rotation, fits the measured poses much better."""
     spec, errors = read[0].action_spec, {}
     having = [episode for episode in read if episode.eef_pose is not None]
-    for delta in get_args(Delta):
-        if delta == "difference" and spec.rotation != "euler_xyz":
+    for delta, rotation in product(get_args(Delta), get_args(Rotation)):
+        if delta == "difference" and rotation != "euler_xyz":
             continue
-        other, rest = replace(spec, delta=delta), []
+        other, rest = replace(spec, delta=delta, rotation=rotation), []
         for episode in having:
             assert episode.eef_pose is not None and episode.gripper is not None
             moved = other.to_canonical(actions_from_poses(episode.eef_pose, episode.gripper, other))
             rest.append((moved - other.to_canonical(episode.actions))[..., :6].reshape(-1, 6))
         scale = np.maximum(np.concatenate(rest).std(axis=0), 1e-5)  # below: rounding
-        errors[delta] = float(np.mean(np.log(scale)))
-    best = min(errors, key=lambda delta: errors[delta])
-    # A mean log error lower by 0.7 is half the error. Servo and difference differ in small turns only.
-    if errors[best] < errors[spec.delta] - 0.7:
+        errors[delta, rotation] = float(np.mean(np.log(scale)))
+    best, own = min(errors, key=lambda meaning: errors[meaning]), errors[spec.delta, spec.rotation]
+    # A mean log error lower by 0.7 is half the error. In small turns, most of these meanings are the same.
+    if errors[best] < own - 0.7:
         return [
             Finding(
                 "fault",
                 "frame",
-                f"measured poses follow the commands {np.exp(errors[spec.delta] - errors[best]):.1f} times closer when "
-                f"they are read as {best!r} instead of {spec.delta!r}: set delta={best!r}",
+                f"measured poses follow the commands {np.exp(own - errors[best]):.1f} times closer when they are read "
+                f"as {best} instead of {(spec.delta, spec.rotation)}: set delta={best[0]!r}, rotation={best[1]!r}",
             )
         ]
     return []

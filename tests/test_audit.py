@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from prophet_gym.actions import integrate_poses
 from prophet_gym.audit import AuditReport, audit, format_audit
 from prophet_gym.audit_signals import correlation, explained, joined
 from prophet_gym.data import Episode, EpisodeFolder, write_episode
@@ -58,9 +59,37 @@ def early_video(episode: Episode) -> Episode:
     return replace(episode, images=episode.frames[np.minimum(np.arange(len(episode) + 1) + 3, len(episode))])
 
 
+def upside_down(episode: Episode) -> Episode:
+    return replace(episode, images=episode.frames[:, ::-1])
+
+
 def frozen_video(episode: Episode) -> Episode:
     """Every second frame repeats the one before."""
     return replace(episode, images=episode.frames[np.arange(len(episode) + 1) // 2 * 2])
+
+
+def turning(episode: Episode) -> Episode:
+    """Large turns about changing axes, commanded as rotation vectors and followed exactly."""
+    rng = np.random.default_rng(len(episode.name) + int(episode.actions[0, 0] * 1e6) % 97)
+    spec = replace(episode.action_spec, low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7, workspace=None)
+    actions = episode.actions.copy()
+    actions[:, 3:6] = rng.uniform(-0.4, 0.4, (len(actions), 3))
+    assert episode.eef_pose is not None
+    path = integrate_poses(episode.eef_pose[:1].astype(np.float64), spec.to_canonical(actions)[None], spec)[0]
+    poses = np.concatenate([episode.eef_pose[:1], path])
+    return replace(episode, actions=actions, eef_pose=poses, action_spec=spec, camera=None)
+
+
+def as_euler(episode: Episode) -> Episode:
+    """The spec calls rotation vectors Euler angles."""
+    episode = turning(episode)
+    return replace(episode, action_spec=replace(episode.action_spec, rotation="euler_xyz"))
+
+
+def as_local(episode: Episode) -> Episode:
+    """The spec calls deltas in the base frame local."""
+    episode = turning(episode)
+    return replace(episode, action_spec=replace(episode.action_spec, delta="local"))
 
 
 def missing_frame(episode: Episode) -> Episode:
@@ -106,7 +135,14 @@ def test_clean_episodes_pass(tabletop):
         (millimetres, "units", "Millimetres"),
         (late_video, "image delay", r"by 3 step\(s\).*shifted: move the images earlier"),
         (early_video, "image delay", r"by -3 step\(s\).*shifted: move the images later"),
+        (upside_down, "camera", r"-0\.\d+ \(down\); expected clearly positive"),
         (frozen_video, "frozen images", "repeat the image before"),
+        (
+            as_euler,
+            "frame",
+            "read as .'servo', 'axis_angle'. instead of .'servo', 'euler_xyz'.: .*rotation='axis_angle'",
+        ),
+        (as_local, "frame", "set delta='servo', rotation='axis_angle'"),
         (missing_frame, "unreadable episode", "24 images for 24 actions; expected 25"),
     ],
 )
@@ -129,6 +165,8 @@ def test_without_poses_the_audit_says_what_it_cannot_see(tabletop):
     flipped = audit([flipped_gripper(blind(episode)) for episode in grasping])
     assert faults(flipped) == {"gripper"} and "begin with a closed gripper" in said(flipped, "gripper")
     assert faults(audit([late_video(blind(episode)) for episode in tabletop])) == {"image delay"}
+    fast = audit([millimetres(blind(episode)) for episode in tabletop])
+    assert faults(fast) == {"units"} and "m/s; expected at most 3" in said(fast, "units")
 
 
 @pytest.mark.render
@@ -143,6 +181,12 @@ def test_what_differs_in_a_set_is_listed(tabletop):
     report = audit(odd)
     assert "[5.0, 10.0] Hz" in said(report, "frame rate") and "1 of 6 episodes" in said(report, "instruction")
     assert report.exit_code == 0
+    assert not faults(audit([turning(episode) for episode in tabletop])) & {"frame", "axes", "sign", "units"}
+    uncalibrated = audit([replace(tabletop[0], camera=None), *tabletop[1:]])
+    assert "1 of 6 episodes have no calibrated camera" in said(uncalibrated, "camera")
+    cut = audit([replace(e, actions=e.actions.clip(-0.005, [*[0.005] * 3, *[1.0] * 4])) for e in tabletop])
+    assert re.search("x: .* are at the largest value, 0.005", said(cut, "clipped commands"))
+    assert not said(audit(tabletop), "clipped commands")
     with pytest.raises(ValueError, match="none of 1 episodes can be audited. The first: .*24 images"):
         audit([missing_frame(tabletop[0])])
 

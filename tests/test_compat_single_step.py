@@ -200,6 +200,21 @@ def test_converted_commands_make_the_same_motion(target: str) -> None:
     np.testing.assert_allclose(spec.to_canonical(native)[:, 0, 6], asked[:, 6] / 2 + 0.5, atol=1e-6)
 
 
+def test_local_commands_turn_with_the_hand_inside_a_buffer(make: Any, snapshots: SnapshotSet) -> None:
+    local = replace(TABLETOP, delta="local", workspace=None)
+    env = SingleStepVectorEnv(make().engine, action_spec=local)
+    env.reset(options={"snapshots": [snapshots[0]]})
+    sequence = np.tile([0.01, 0.0, 0.0, 0.0, 0.0, 0.25, 1.0], (4, 1))
+    for command in sequence:
+        seen, *_, info = env.step(command[None])
+    assert not info["stale"].any()
+    start = np.asarray(snapshots[0].eef_pose, np.float64)
+    along_first = start.reshape(4, 4)[:3, 0] * 0.01 * 4 + start.reshape(4, 4)[:3, 3]
+    expected = integrate_poses(start.reshape(1, 1, 4, 4), local.to_canonical(sequence[None]), local)[0, -1, 0]
+    assert np.linalg.norm(expected[:3, 3] - along_first) > 0.01  # the hand's own x has turned
+    np.testing.assert_allclose(poses_from_state(seen["state"])[0, 0], expected, atol=1e-5)
+
+
 def test_poses_are_read_from_the_state(make: Any, snapshots: SnapshotSet) -> None:
     env = make()
     observation, _ = env.reset(options={"snapshots": [snapshots[2]]})
