@@ -202,7 +202,7 @@ def test_converted_commands_make_the_same_motion(target: str) -> None:
 
 def test_local_commands_turn_with_the_hand_inside_a_buffer(make: Any, snapshots: SnapshotSet) -> None:
     local = replace(TABLETOP, delta="local", workspace=None)
-    env = SingleStepVectorEnv(make().engine, action_spec=local)
+    env = SingleStepVectorEnv(make().engine, action_spec=local, action_buffer="chunk")
     env.reset(options={"snapshots": [snapshots[0]]})
     sequence = np.tile([0.01, 0.0, 0.0, 0.0, 0.0, 0.25, 1.0], (4, 1))
     for command in sequence:
