@@ -130,6 +130,31 @@ def audit(
         raise SystemExit(report.exit_code)
 
 
+def check(
+    env_id: Positional[str] = "Prophet-Tabletop-v0",
+    interface: Literal["chunk", "flat", "simpler", "maniskill", "libero", "lerobot"] = "chunk",
+    checkpoint: str | None = None,
+    motion: bool = False,
+    seed: int = 0,
+) -> None:
+    """Check that an environment keeps the contract of its interface; the exit status is 1 if it does not.
+
+    Args:
+        env_id: a world or Tabletop-v0.
+        interface: whose contract: our own ("chunk", "flat"), or that of another project.
+        checkpoint: weights of a world; the packaged ones by default.
+        motion: also command every direction and the gripper, and see whether the picture follows.
+        seed: of the starts.
+    """
+    from .compat.check import check_environment
+
+    options = {} if checkpoint is None else {"checkpoint": checkpoint}
+    report, holds = check_environment(env_id, interface, motion=motion, seed=seed, **options)
+    print(report)
+    if not holds:
+        raise SystemExit(1)
+
+
 def train(what: TrainingRun) -> None:
     """Train the codec, or the denoiser on its latents; ``-smoke`` is a minute's run to try the pipeline.
 
@@ -262,6 +287,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "record": record,
     "snapshots": snapshots,
     "audit": audit,
+    "check": check,
     "train": train,
     "eval": evaluate,
     "judge": judge,
