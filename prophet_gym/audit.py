@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from prophet_gym.audit_checks import (
     Finding,
     check_calibration,
@@ -36,8 +38,8 @@ class AuditReport:
         findings: All findings, faults first.
         delay: Steps by which images follow commands, None where they do not.
         followed: Share of the image motion that the commands explain, by delay.
-        response: What each dimension does, by its name: the image's motion right and down per unit, and how measured
-            poses answer (slope and correlation); None where they are unknown.
+        response: What each dimension does, by its name: the image's motion right and down per unit, a typical command
+            (root mean square), and how measured poses answer (slope and correlation); None where they are unknown.
     """
 
     episodes: int
@@ -99,9 +101,11 @@ def audit(episodes: Sequence[Episode], *, limit: int | None = None) -> AuditRepo
     findings += found
     findings += check_gripper(read, signals)
     dimensions = dimension_names(read[0].action_spec.num_effectors)
+    commands = np.concatenate([s.commands.reshape(len(s.commands), -1) for s in signals])
     response = {
         name: {
             "image": None if weights is None else [float(value) for value in weights[i]],
+            "typical": float(np.sqrt(np.mean(commands[:, i] ** 2))),
             "slope": None if slopes is None else slopes[0][i],
             "correlation": None if slopes is None else slopes[1][i],
         }

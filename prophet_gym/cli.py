@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subco
 
 from .audit import audit as audit_episodes
 from .audit import format_audit
+from .audit_report import write_audit_page
 from .command_line import run_commands
 from .data.folder import EpisodeFolder
 from .data.opening import open_dataset
@@ -108,6 +109,7 @@ def audit(
     camera: str | None = None,
     episodes: int = 50,
     out: Path | None = None,
+    page: Path | None = None,
 ) -> None:
     """Check a data set's conventions before training: delays, axes, signs, gripper, units, frozen or missing frames.
 
@@ -119,6 +121,7 @@ def audit(
         camera: which camera; the card's or the first by default.
         episodes: how many, from the first; each is decoded once.
         out: JSON file for the findings.
+        page: HTML file with findings and pictures; needs the extra `viz`.
     """
     opened = open_dataset(data, card=card, camera=camera)
     report = audit_episodes(opened, limit=episodes)
@@ -126,6 +129,8 @@ def audit(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(to_json(report.to_dict()))
+    if page is not None:
+        write_audit_page(report, opened, page, name=data.resolve().name)
     if report.exit_code:
         raise SystemExit(report.exit_code)
 

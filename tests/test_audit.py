@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from prophet_gym.action_frames import project
 from prophet_gym.actions import integrate_poses
 from prophet_gym.audit import AuditReport, audit, format_audit
+from prophet_gym.audit_report import write_audit_page
 from prophet_gym.audit_signals import correlation, explained, joined
 from prophet_gym.data import Episode, EpisodeFolder, write_episode
 
@@ -198,10 +204,15 @@ def test_the_command_reports_and_exits_with_the_verdict(tabletop, tmp_path, monk
     for i, episode in enumerate(tabletop[:3]):
         write_episode(tmp_path / "clean" / str(i), episode)
         write_episode(tmp_path / "flipped" / str(i), flipped_gripper(episode))
-    monkeypatch.setattr(sys, "argv", ["prophet", "audit", str(tmp_path / "clean"), "--out", str(tmp_path / "a.json")])
+    clean, page = str(tmp_path / "clean"), tmp_path / "pages" / "clean.html"
+    words = ["prophet", "audit", clean, "--out", str(tmp_path / "a.json"), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", words)
     main()
     assert "3 episodes audited" in capsys.readouterr().out
     assert json.loads((tmp_path / "a.json").read_text())["delay"] == 0
+    html = page.read_text()
+    assert "<h1>No faults in clean</h1>" in html and html.count("data:image/png") == 3 and "<svg" in html
+    assert escape(tabletop[0].instruction) in html and "<td>gripper</td><td>1.000</td>" in html
     for folder, status in (("flipped", 1), ("nowhere", 2)):
         monkeypatch.setattr(sys, "argv", ["prophet", "audit", str(tmp_path / folder)])
         with pytest.raises(SystemExit) as stopped:
@@ -209,6 +220,24 @@ def test_the_command_reports_and_exits_with_the_verdict(tabletop, tmp_path, monk
         assert stopped.value.code == status
     shown = capsys.readouterr()
     assert "FAULT" in shown.out and "polarity" in shown.out and "is no file or folder" in shown.err
+
+
+@pytest.mark.render
+def test_the_page_marks_the_hand_where_the_camera_sees_it(tabletop, tmp_path):
+    episode = tabletop[0]
+    write_audit_page(audit(tabletop), tabletop, tmp_path / "a.html", name="<tabletop>", strips=1)
+    html = (tmp_path / "a.html").read_text()
+    assert "&lt;tabletop&gt;" in html and "<tabletop>" not in html
+    strip = np.array(Image.open(io.BytesIO(base64.b64decode(re.search('base64,([^"]+)"', html).group(1)))))
+    magenta = (strip[:, :124].astype(int) - [255, 0, 200]).__abs__().sum(axis=-1) < 30
+    rows, columns = magenta.nonzero()
+    u, v = project(episode.eef_pose[0, 0, :3, 3], episode.camera)
+    assert abs(columns.mean() / 2 - 0.5 - u) < 1 and abs(rows.mean() / 2 - 0.5 - v) < 1
+    unreadable = [missing_frame(episode), *tabletop[1:]]
+    report = audit(unreadable)
+    write_audit_page(report, unreadable, tmp_path / "b.html", name="b")
+    html = (tmp_path / "b.html").read_text()
+    assert "<h1>1 fault(s) in b</h1>" in html and "24 images for 24 actions" in html and html.count("image/png") == 3
 
 
 def test_measures_against_closed_form():
