@@ -43,7 +43,8 @@ def detect_format(path: str | os.PathLike[str]) -> tuple[Format, Path]:
     what = "is no file or folder" if not path.exists() else "holds no data set that is known here"
     raise ValueError(
         f"{path} {what}; expected a folder with meta/info.json (LeRobot), features.json or <version>/features.json "
-        f"(RLDS), *{' or *'.join(SUFFIXES)} (LIBERO, robomimic), or <episode>/meta.json (folder of episodes)"
+        f"(RLDS), *{' or *'.join(SUFFIXES)} (LIBERO, robomimic), or <episode>/meta.json (folder of episodes; "
+        "`prophet record` makes one)"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,12 @@ from tqdm import tqdm
 
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
-from ..data.folder import EpisodeFolder
+from ..data.opening import open_dataset
+from ..data.sequence import EpisodeSequence
+from ..data.windows import EpisodeWindows
 from ..world_model.video_vae import FoldedVideoVAE
+
+logger = logging.getLogger(__name__)
 
 _ALWAYS = ("frames", "actions", "object_px", "effector_px")
 
@@ -52,14 +57,53 @@ class ClipArrays:
         return len(self.frames)
 
 
+@dataclass(frozen=True)
+class ClipSource:
+    """How a data set becomes clips of one length and size; the default takes equal episodes as they are."""
+
+    card: str | None = None
+    """What the numbers mean, for formats that do not say: bridge, droid, libero, ..."""
+    camera: str | None = None
+    """Which camera; the card's or the first by default."""
+    clip_length: int | None = None
+    """Commands of a clip. Longer episodes give overlapping clips, shorter ones are left out; by default all episodes
+    have one length."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that images are stretched to, multiples of 16; by default they stay as they are."""
+
+    def open(self, root: str | Path) -> EpisodeSequence:
+        """Return the clips of a data set of any format, as a lazy sequence of episodes.
+
+        Raises:
+            ValueError: the set cannot be opened, or no episode is long enough.
+        """
+        episodes = open_dataset(root, card=self.card, camera=self.camera)
+        if self.clip_length is None and self.image_size is None:
+            return episodes
+        length = self.clip_length or min(len(episode) for episode in episodes)
+        windows = EpisodeWindows(episodes, length, image_size=self.image_size)
+        if windows.left_out:
+            logger.warning(
+                "%s: %d of %d episodes are shorter than %d commands and left out: %s",
+                root, len(windows.left_out), len(episodes), length, ", ".join(windows.left_out[:5]),
+            )  # fmt: skip
+        return windows
+
+
 def load_clips(
-    root: str | Path, cache: str | Path, *, num_effectors: int = 1, drawn_size: tuple[int, int] | None = None
+    root: str | Path,
+    cache: str | Path,
+    *,
+    source: ClipSource = ClipSource(),
+    num_effectors: int = 1,
+    drawn_size: tuple[int, int] | None = None,
 ) -> ClipArrays:
     """Decode the episodes of ``root`` into ``cache`` (once) and open them.
 
     Args:
-        root: folder of episodes of equal length and image size.
-        cache: folder for the arrays; reused when it was made from the same episodes.
+        root: a data set of any format.
+        cache: folder for the arrays; reused when it was made from the same files in the same way.
+        source: how it becomes clips of one length and size.
         num_effectors: N that commands are padded to.
         drawn_size: height and width of the stored action frames in pixels, an area average of the drawn ones; None
             draws none.
@@ -67,13 +111,12 @@ def load_clips(
     Raises:
         ValueError: no episodes, episodes of different lengths, sizes or conventions, or a camera is missing.
     """
-    episodes, cache = EpisodeFolder(root), Path(cache)
-    if len(episodes) == 0:
-        raise ValueError(f"{root}: no episodes; record some with `prophet record`")
+    episodes, cache = source.open(root), Path(cache)
     first = episodes[0]
     if drawn_size and first.camera is None:
         raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
-    stamp = {"layout": 4, "content": fingerprint(episodes), "n": num_effectors, "drawn_size": list(drawn_size or ())}
+    content = fingerprint(root, source)
+    stamp = {"layout": 4, "content": content, "n": num_effectors, "drawn_size": list(drawn_size or ())}
     index = cache / "clips.json"
     if not (index.is_file() and json.loads(index.read_text()) == stamp):
         cache.mkdir(parents=True, exist_ok=True)
@@ -87,17 +130,22 @@ def load_clips(
     return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=stamp["content"])
 
 
-def fingerprint(episodes: EpisodeFolder) -> str:
-    """Digest of place, size and time of every file of the episodes: changes when one is recorded anew."""
-    digest = hashlib.sha256(str(episodes.root.resolve()).encode())
-    for name in episodes.names:
-        for file in sorted((episodes.root / name).iterdir()):
-            status = file.stat()
-            digest.update(f"{name}/{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+def fingerprint(root: str | Path, source: ClipSource = ClipSource()) -> str:
+    """Digest of the source and of place, size and time of every file of a data set: changes when one is made anew."""
+    root = Path(root).resolve()
+    digest = hashlib.sha256(f"{root} {source}".encode())
+    places = (
+        [root]
+        if root.is_file()
+        else [Path(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names]
+    )
+    for file in sorted(places):
+        status = file.stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def _decode(episodes: EpisodeFolder, cache: Path, num_effectors: int, drawn_size: tuple[int, int] | None) -> None:
+def _decode(episodes: EpisodeSequence, cache: Path, num_effectors: int, drawn_size: tuple[int, int] | None) -> None:
     first = episodes[0]
     count, (length, height, width, _) = len(episodes), first.frames.shape
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .clips import ClipSource
 from .loop import LoopConfig
 
 
@@ -19,7 +20,7 @@ class WorldModelConfig:
     """Configuration of a world-model run."""
 
     data: Path
-    """Folder of training episodes."""
+    """Training episodes: a folder of them, or a data set of another format."""
     vae: Path
     """Folder of the trained codec."""
     run: Path = Path("runs/world-model")
@@ -28,6 +29,8 @@ class WorldModelConfig:
     """Folder of decoded clips and latents."""
     init: Path | None = None
     """Checkpoint whose denoiser the run starts from (same architecture); by default fresh weights."""
+    source: ClipSource = field(default_factory=ClipSource)
+    """How the data become clips of one length and size."""
     validation: Path | None = None
     """Folder of held-out episodes for evaluation during training."""
     name: str = "tiny"

@@ -16,7 +16,7 @@ from ..strict_json import to_json
 from ..world_model.codec import VideoCodec
 from ..world_model.prophet import load_network
 from ..world_model.video_vae import FoldedVideoVAE
-from .clips import ClipArrays, load_clips
+from .clips import ClipArrays, ClipSource, load_clips
 from .loop import LoopConfig, prepare_run, train_loop
 
 
@@ -25,9 +25,11 @@ class VAEConfig:
     """Configuration of a codec run."""
 
     data: Path
-    """Folder of training episodes."""
+    """Training episodes: a folder of them, or a data set of another format."""
     validation: Path
-    """Folder of held-out episodes."""
+    """Held-out episodes, of the same kind."""
+    source: ClipSource = field(default_factory=ClipSource)
+    """How the data become clips of one length and size."""
     groups: int = 4
     """Groups of four frames of a training clip."""
     run: Path = Path("runs/vae")
@@ -91,8 +93,8 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     """
     run = Path(config.run)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    clips = load_clips(config.data, Path(config.cache) / "train")
-    held_out = load_clips(config.validation, Path(config.cache) / "validation")
+    clips = load_clips(config.data, Path(config.cache) / "train", source=config.source)
+    held_out = load_clips(config.validation, Path(config.cache) / "validation", source=config.source)
     torch.manual_seed(config.loop.seed)
     if config.init is None:
         vae = FoldedVideoVAE(config.latent_channels, config.channels)

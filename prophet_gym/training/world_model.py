@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.folder import EpisodeFolder
 from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
 from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network
@@ -26,7 +25,7 @@ from .self_rollout import SelfRollout
 
 def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWorldModel, int], dict[str, float]]:
     """Open-loop evaluation on the first ``count`` held-out episodes; strips and videos go to RUN/pictures."""
-    episodes = EpisodeFolder(config.validation)[:count]
+    episodes = config.source.open(config.validation)[:count]
     steps = min(40, min(len(episode.actions) for episode in episodes))
 
     def evaluate(world: ProphetWorldModel, step: int) -> dict[str, float]:
@@ -61,7 +60,9 @@ def train_world_model(
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     vae = load_network(FoldedVideoVAE, Path(config.vae), torch.float32).eval().to(accelerator.device)
     vae.requires_grad_(False)
-    clips = load_clips(config.data, cache / f"train-{config.action_frames}", drawn_size=_drawn_size(config))
+    clips = load_clips(
+        config.data, cache / f"train-{config.action_frames}", source=config.source, drawn_size=_drawn_size(config)
+    )
     latents = encode_clips(vae, clips, cache / f"latents-{Path(config.vae).parent.name}")
     torch.manual_seed(config.loop.seed)
     transformer = ProphetTransformer(
@@ -126,7 +127,7 @@ def _drawn_size(config: WorldModelConfig) -> tuple[int, int] | None:
     """Size of the stored action frames: full for the codec, that of the cells where they are averaged anyway."""
     if config.action_frames == "none":
         return None
-    height, width = EpisodeFolder(config.data)[0].frames.shape[1:3]
+    height, width = config.source.open(config.data)[0].frames.shape[1:3]
     if config.action_frames == "pooled":
         return height, width
     cells = ProphetTransformer.default_cells

@@ -1,0 +1,122 @@
+"""Episodes of any length and size, cut into windows of one length and brought to one image size.
+
+Training indexes clips as arrays, so all of them are equally long. A long episode gives several overlapping windows; the
+last one ends where the episode ends. A window is an episode of its own: its history begins where it begins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.fitting import fit_camera, fit_frames
+from prophet_gym.data.sequence import EpisodeSequence
+
+_KEPT = 2 * (os.cpu_count() or 1)  # decoded episodes kept, so that neighbouring windows share one decoding
+
+
+class EpisodeWindows(EpisodeSequence):
+    """Windows of ``length`` commands, in the order of the episodes.
+
+    Attributes:
+        names: ``<episode>@<first command>``.
+        left_out: Names of the episodes that are shorter than a window.
+    """
+
+    def __init__(
+        self,
+        episodes: Sequence[Episode],
+        length: int,
+        *,
+        stride: int | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Read how long the episodes are; no image is decoded.
+
+        Args:
+            episodes: Any lazy sequence of episodes, e.g. from `prophet_gym.data.open_dataset`.
+            length: Commands of a window.
+            stride: Commands between the starts of neighbouring windows; default half a window.
+            image_size: (height, width) that images, cameras and labels in pixels (``*_px``) are stretched to; by
+                default they stay as they are.
+
+        Raises:
+            ValueError: If length or stride is below 1, or no episode is long enough.
+        """
+        stride = max(1, length // 2) if stride is None else stride
+        if length < 1 or stride < 1:
+            raise ValueError(f"windows of {length} commands every {stride}; expected at least 1 of both")
+        self.episodes, self.length, self.image_size = episodes, length, image_size
+        self._places: list[tuple[int, int]] = []
+        names, left_out, longest = [], [], 0
+        for i in range(len(episodes)):
+            episode = episodes[i]
+            last = len(episode) - length
+            longest = max(longest, len(episode))
+            if last < 0:
+                left_out.append(episode.name)
+                continue
+            starts = [*range(0, last, stride), last]
+            self._places += [(i, start) for start in starts]
+            names += [f"{episode.name}@{start}" for start in starts]
+        if not names:
+            raise ValueError(
+                f"none of {len(episodes)} episodes has {length} commands, the longest {longest}; use shorter windows"
+            )
+        self.names, self.left_out = tuple(names), tuple(left_out)
+        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, index: int) -> Episode:
+        """Read one window; its frames are decoded at the first use, once for several windows of an episode."""
+        place, start = self._places[index]
+        whole = self.episodes[place]
+        rows = slice(start, start + self.length + 1)
+
+        def part(values: Any) -> Any:
+            return None if values is None else values[rows]
+
+        camera = whole.camera
+        if camera is not None and self.image_size is not None:
+            camera = fit_camera(camera, self.image_size, "stretch")
+        return replace(
+            whole,
+            images=lambda: self._frames(place, whole)[rows],
+            actions=whole.actions[start : start + self.length],
+            camera=camera,
+            eef_pose=part(whole.eef_pose),
+            gripper=part(whole.gripper),
+            labels={key: self._scaled(key, part(value), whole) for key, value in whole.labels.items()},
+            name=self.names[index],
+            simulator_state=whole.simulator_state if start == 0 else None,
+        )
+
+    def _scaled(self, key: str, values: np.ndarray, episode: Episode) -> np.ndarray:
+        if self.image_size is None or not key.endswith("_px"):
+            return values
+        height, width = self.image_size
+        factor = np.array([width, height]) / np.array(episode.frames.shape[2:0:-1])
+        return (values + 0.5) * factor - 0.5  # pixel centres are whole numbers
+
+    def __repr__(self) -> str:
+        """Say how many, how long, and of what."""
+        return f"EpisodeWindows({len(self)} of {self.length} commands, of {self.episodes!r})"
+
+    def _frames(self, place: int, episode: Episode) -> np.ndarray:
+        with self._lock:
+            if place in self._decoded:
+                self._decoded.move_to_end(place)
+                return self._decoded[place]
+        frames = episode.frames if self.image_size is None else fit_frames(episode.frames, self.image_size, "stretch")
+        with self._lock:
+            self._decoded[place] = frames
+            while len(self._decoded) > _KEPT:
+                self._decoded.popitem(last=False)
+        return frames

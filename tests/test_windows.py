@@ -1,0 +1,112 @@
+"""Episodes of any length and size become clips of one: windows, and what training makes of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from squares import square_episode
+
+from prophet_gym.action_frames import Camera, project
+from prophet_gym.data import Episode, EpisodeFolder, write_episode, write_lerobot
+from prophet_gym.data.windows import EpisodeWindows
+from prophet_gym.training.clips import ClipSource, load_clips
+
+CAMERA = Camera(np.array([[20.0, 0, 7], [0, 20, 8], [0, 0, 1]]), np.eye(4), 16, 16)
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[Episode]:
+    """Lengths 7, 12 and 3."""
+    return [
+        square_episode(
+            i, length, name=name, camera=CAMERA, labels={"block_px": np.arange(2.0 * length + 2).reshape(-1, 2)}
+        )
+        for i, (length, name) in enumerate(zip((7, 12, 3), "abc", strict=True))
+    ]
+
+
+def test_windows_cover_every_command_and_end_with_the_episode(episodes: list[Episode]) -> None:
+    windows = EpisodeWindows(episodes, 5)
+    assert windows.names == ("a@0", "a@2", "b@0", "b@2", "b@4", "b@6", "b@7") and windows.left_out == ("c",)
+    window, whole = windows[3], episodes[1]
+    assert len(window) == 5 and window.name == "b@2" and window.instruction == whole.instruction
+    np.testing.assert_array_equal(window.actions, whole.actions[2:7])
+    np.testing.assert_array_equal(window.frames, whole.frames[2:8])
+    np.testing.assert_array_equal(window.eef_pose, whole.eef_pose[2:8])
+    np.testing.assert_array_equal(window.labels["block_px"], whole.labels["block_px"][2:8])
+    assert [len(w) for w in windows[5:]] == [5, 5]
+    assert EpisodeWindows(episodes, 3, stride=9).names == ("a@0", "a@4", "b@0", "b@9", "c@0")
+
+
+def test_images_cameras_and_labels_scale_together(episodes: list[Episode]) -> None:
+    whole = episodes[0]
+    window = EpisodeWindows([whole], 7, image_size=(32, 96))[0]
+    assert window.frames.shape == (8, 32, 96, 3)
+    height, width = whole.frames.shape[1:3]
+    before, after = (project(e.eef_pose[:, 0, :3, 3], e.camera) for e in (whole, window))
+    factor = np.array([96 / width, 32 / height])
+    np.testing.assert_allclose(after, (before + 0.5) * factor - 0.5, atol=1e-6)
+    np.testing.assert_allclose(window.labels["block_px"], (whole.labels["block_px"] + 0.5) * factor - 0.5)
+
+
+def test_windows_of_an_episode_share_one_decoding(episodes: list[Episode]) -> None:
+    decoded = []
+
+    def decode() -> np.ndarray:
+        decoded.append(1)
+        return episodes[1].frames
+
+    windows = EpisodeWindows([replace(episodes[1], images=decode)], 4)
+    assert len(windows) == 5 and not decoded
+    assert all(window.frames.shape[0] == 5 for window in windows) and len(decoded) == 1
+
+
+def test_windows_that_cannot_be_are_refused(episodes: list[Episode]) -> None:
+    with pytest.raises(ValueError, match="none of 3 episodes has 20 commands, the longest 12; use shorter windows"):
+        EpisodeWindows(episodes, 20)
+    for length, stride in ((0, 1), (5, 0)):
+        with pytest.raises(ValueError, match=f"windows of {length} commands every {stride}; expected at least 1"):
+            EpisodeWindows(episodes, length, stride=stride)
+
+
+def test_clips_come_from_data_sets_of_any_format(
+    episodes: list[Episode], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = ClipSource(clip_length=6)
+    for episode in episodes:
+        write_episode(tmp_path / "folder" / episode.name, episode)
+    write_lerobot(tmp_path / "lerobot", episodes, lossless=True)
+    with caplog.at_level(logging.WARNING):
+        clips = load_clips(tmp_path / "folder", tmp_path / "cache-a", source=source)
+    assert "1 of 3 episodes are shorter than 6 commands and left out: c" in caplog.text
+    other = load_clips(tmp_path / "lerobot", tmp_path / "cache-b", source=source)
+    assert clips.frames.shape[:2] == (5, 7) and clips.content != other.content
+    np.testing.assert_array_equal(clips.frames, other.frames)
+    np.testing.assert_allclose(clips.actions, other.actions, atol=1e-6)
+    np.testing.assert_array_equal(clips.actions[1], episodes[0].canonical_actions[1:7])
+    with pytest.raises(ValueError, match="train one data set at a time"):  # of several lengths
+        load_clips(tmp_path / "folder", tmp_path / "cache-c")
+
+
+def test_the_cache_follows_files_and_source(episodes: list[Episode], tmp_path: Path) -> None:
+    write_episode(tmp_path / "folder" / "a", episodes[0])
+    for length in (3, 4, 4):
+        clips = load_clips(tmp_path / "folder", tmp_path / "cache", source=ClipSource(clip_length=length))
+        assert clips.actions.shape[1] == length
+    write_episode(tmp_path / "folder" / "b", episodes[1])
+    assert len(load_clips(tmp_path / "folder", tmp_path / "cache", source=ClipSource(clip_length=4))) > len(clips)
+
+
+@pytest.mark.data
+def test_real_recordings_become_clips(recordings: Path, tmp_path: Path) -> None:
+    clips = load_clips(
+        recordings / "bridge", tmp_path / "cache", source=ClipSource(clip_length=20, image_size=(64, 64))
+    )
+    assert clips.frames.shape[1:] == (21, 64, 64, 3) and clips.drawn is None and np.isnan(clips.effector_px).all()
+    first = EpisodeFolder(recordings / "bridge")[0]
+    np.testing.assert_allclose(clips.actions[0], first.canonical_actions[:20], atol=1e-6)
+    assert np.abs(clips.frames[0, 0].mean(axis=(0, 1)) - first.frames[0].mean(axis=(0, 1))).max() < 1
