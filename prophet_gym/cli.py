@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from .actions import ACTION_SPECS
+from .atomic import atomic_folder
 from .audit import audit as audit_episodes
 from .audit import format_audit
 from .audit_report import write_audit_page
@@ -18,6 +20,7 @@ from .command_line import run_commands
 from .data.folder import EpisodeFolder
 from .data.opening import open_dataset
 from .demo import DemoConfig, run_demo
+from .errors import nearest
 from .judges.calibration import evaluate_judge, format_calibration
 from .judges.classifier import ClassifierJudge
 from .judges.rollouts import labelled_rollouts
@@ -30,6 +33,7 @@ from .training.judge import JudgeTrainingConfig, train_judge
 from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
 from .training.vae import VAEConfig, train_vae
 from .training.world_model import WorldModelConfig, train_world_model
+from .world_model.cosmos import world_from_cosmos
 from .world_model.prophet import ProphetWorldModel
 
 TrainingRun = (
@@ -158,6 +162,59 @@ def check(
     print(report)
     if not holds:
         raise SystemExit(1)
+
+
+def from_cosmos(
+    source: Positional[str],
+    out: Positional[Path],
+    actions: str,
+    image_size: tuple[int, int] = (256, 256),
+    action_frames: Literal["none", "pooled", "spatial"] = "pooled",
+    num_effectors: int = 2,
+    history_frames: int = 60,
+    num_inference_steps: int = 35,
+    name: str = "cosmos-untrained",
+    revision: str | None = None,
+    dtype: Precision = "bfloat16",
+    seed: int = 0,
+) -> None:
+    """Turn a Cosmos-Predict2 checkpoint into a Prophet one, to be trained: until then actions have no effect.
+
+    Args:
+        source: a folder in the layout of diffusers (transformer/, vae/), or a hub id.
+        out: folder of the new checkpoint; one that is there is not replaced.
+        actions: conventions of the commands: tabletop, bridge, libero, droid, agibot.
+        image_size: height and width in pixels, multiples of 16.
+        action_frames: how drawn actions reach the denoiser; all but none need calibrated cameras.
+        num_effectors: end-effectors of the denoiser; commands of fewer are padded.
+        history_frames: frames of the history.
+        num_inference_steps: default number of denoising steps.
+        name: of the checkpoint, for logs.
+        revision: branch, tag or commit on the hub.
+        dtype: of both networks.
+        seed: of the new parameters that are not zero.
+    """
+    if actions not in ACTION_SPECS:
+        raise ValueError(
+            f"--actions {actions}: expected one of {', '.join(ACTION_SPECS)}.{nearest(actions, ACTION_SPECS)}"
+        )
+    with atomic_folder(out) as folder:
+        world = world_from_cosmos(
+            source,
+            ACTION_SPECS[actions],
+            image_size=image_size,
+            history_frames=history_frames,
+            num_inference_steps=num_inference_steps,
+            name=name,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            seed=seed,
+            action_frames=action_frames,
+            num_effectors=num_effectors,
+        )
+        world.save_pretrained(folder)
+    parameters = sum(p.numel() for p in world.transformer.parameters())
+    print(f"denoiser of {parameters:,} parameters in {dtype}, untrained on actions: {out}")
 
 
 def train(what: TrainingRun) -> None:
@@ -293,6 +350,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "snapshots": snapshots,
     "audit": audit,
     "check": check,
+    "from-cosmos": from_cosmos,
     "train": train,
     "eval": evaluate,
     "judge": judge,

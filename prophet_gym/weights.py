@@ -7,9 +7,10 @@ from pathlib import Path
 
 from .errors import nearest
 
-__all__ = ["locate_weights"]
+__all__ = ["HUB_ID", "fetch_from_hub", "locate_weights"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What ``owner/name`` of a hub repository looks like."""
 
 
 def locate_weights(name: str | Path, assets: Path, marker: str) -> Path:
@@ -31,11 +32,30 @@ def locate_weights(name: str | Path, assets: Path, marker: str) -> Path:
         return assets / str(name)
     siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     reason = "it is neither a folder nor a packaged name"
-    if _HUB_ID.fullmatch(str(name)) and not siblings:
-        from huggingface_hub import snapshot_download
-
+    if HUB_ID.fullmatch(str(name)) and not siblings:
         try:
-            return Path(snapshot_download(str(name)))
-        except Exception as error:  # no network, no such repository, no access: the hub raises many kinds
-            reason += f", and the hub does not give it ({type(error).__name__}: {str(error).splitlines()[0]})"
+            return fetch_from_hub(str(name))
+        except ValueError as error:
+            reason += f", and {error}"
     raise ValueError(f"{str(name)!r}: {reason}.{nearest(name, [*packaged, *siblings])}")
+
+
+def fetch_from_hub(repository: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    """Returns the local folder of a hub repository, downloaded where it is not in the cache yet.
+
+    Args:
+        repository: ``owner/name``.
+        revision: branch, tag or commit; default the main branch.
+        patterns: which files, as in ``huggingface_hub.snapshot_download``; default all.
+
+    Raises:
+        ValueError: no network, no such repository or no access; the message starts with a small letter, for use
+            inside another.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub raises many kinds
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"the hub does not give it ({type(error).__name__}: {first_line})") from error

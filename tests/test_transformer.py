@@ -194,8 +194,11 @@ def test_memory_has_the_planned_tokens_and_drops_nothing() -> None:
     before = memory.tokens(history)
     history[0, :, 2, 29, 39] = 1.0
     assert (memory.tokens(history) != before).any(), "the last row and column count"
+    memory.check(15, (8, 8))
     with pytest.raises(ValueError, match="15 latent frames"):
-        memory.check(14)
+        memory.check(14, (8, 8))
+    with pytest.raises(ValueError, match="pool 8x8 latent positions, a frame has 6x32"):
+        memory.check(15, (6, 32))
 
 
 def test_tiny_preset_is_small() -> None:

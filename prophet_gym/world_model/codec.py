@@ -35,6 +35,14 @@ class VideoCodec:
         self.vae = vae
         self.folded = isinstance(vae, FoldedVideoVAE)
         self.latent_channels = vae.config.latent_channels if self.folded else vae.config.z_dim
+        if not self.folded:
+            spatial = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
+            strides = 2 ** sum(vae.config.temperal_downsample), spatial
+            if strides != (self.temporal_stride, self.spatial_stride):
+                raise ValueError(
+                    f"a codec with strides {strides} in time and space; expected "
+                    f"{(self.temporal_stride, self.spatial_stride)}, as of the Wan 2.1 VAE"
+                )
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames (B, 1 + 4n, H, W, 3) uint8 to latents (B, z, 1 + n, H / 8, W / 8); deterministic (the mean)."""

@@ -30,13 +30,24 @@ class HistoryMemory(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
 
-    def check(self, latent_frames: int) -> None:
-        """Raise ValueError where a level asks for older latents than a history of ``latent_frames`` holds."""
+    def check(self, latent_frames: int, grid: tuple[int, int]) -> None:
+        """Raise ValueError where a level asks for older latents than a history holds, or pools more than a frame.
+
+        Args:
+            latent_frames: length of the history.
+            grid: latent height and width.
+        """
         oldest = max(level[1] for level in self.levels)
         if oldest > latent_frames:
             raise ValueError(
                 f"memory_levels reach back {oldest} latent frames, the history holds {latent_frames}; expected no "
                 "more than it holds: lengthen history_frames or change memory_levels"
+            )
+        largest = tuple(max(level[axis] for level in self.levels) for axis in (3, 4))
+        if largest[0] > grid[0] or largest[1] > grid[1]:
+            raise ValueError(
+                f"memory_levels pool {largest[0]}x{largest[1]} latent positions, a frame has {grid[0]}x{grid[1]}; "
+                "expected no more than a frame: use larger images or change memory_levels"
             )
 
     def tokens(self, history: Tensor) -> Tensor:

@@ -109,11 +109,17 @@ class ProphetWorldModel:
                 f"latent channels: codec {self.codec.latent_channels}, denoiser {transformer.config.latent_channels}; "
                 "expected equal numbers: load both from one checkpoint"
             )
+        if config.action_spec.num_effectors > transformer.config.num_effectors:
+            raise ValueError(
+                f"commands of {config.action_spec.num_effectors} end-effectors, denoiser of "
+                f"{transformer.config.num_effectors}; expected at least as many: give num_effectors"
+            )
         self.chunk_length: int = transformer.config.chunk_length
         self.num_effectors: int = transformer.config.num_effectors
         self.requires_camera: bool = transformer.config.action_frames != "none"
         self.num_inference_steps: int = config.num_inference_steps
-        transformer.memory.check(config.history_frames // VideoCodec.temporal_stride)
+        height, width = (side // VideoCodec.spatial_stride for side in config.image_size)
+        transformer.memory.check(config.history_frames // VideoCodec.temporal_stride, (height, width))
         self.image_size, self.action_spec = config.image_size, config.action_spec
         # Commands of fewer end-effectors are padded to the model's number before their poses are integrated.
         self._padded_spec = replace(config.action_spec, num_effectors=self.num_effectors)
@@ -333,7 +339,16 @@ class ProphetWorldModel:
         return history, tail, count
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``transformer/`` and ``vae/`` (safetensors), then ``prophet.json``: a folder that has it is whole."""
+        """Write ``transformer/`` and ``vae/`` (safetensors), then ``prophet.json``: a folder that has it is whole.
+
+        Raises:
+            ValueError: the denoiser carries an adapter, whose tensors such a folder cannot hold.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError(
+                "the denoiser carries an adapter: merge it first (world_model.lora.merge_adapter), or save it alone "
+                "(save_adapter)"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prophet.json").unlink(missing_ok=True)  # a save that is killed leaves no checkpoint of mixed parts

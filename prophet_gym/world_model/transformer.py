@@ -9,6 +9,8 @@ embeddings turn into zero, is skipped; no torchvision is needed for the padding 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,14 @@ from torch import Tensor, nn
 
 from .conditioning import PooledActionFrames, ScalarActionStream, SpatialActionFrames
 from .memory import HistoryMemory
+
+BACKBONE = ("patch_embed", "time_embed", "transformer_blocks", "norm_out", "proj_out")
+"""Children of :class:`ProphetTransformer` that Cosmos-Predict2 has; all its other parameters are new in Prophet."""
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a child or a parameter of :class:`ProphetTransformer` belongs to the Cosmos-Predict2 backbone."""
+    return name.partition(".")[0] in BACKBONE
 
 
 @dataclass(frozen=True)
@@ -211,15 +221,32 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.norm_out = CosmosAdaLayerNorm(dim, adaln_lora_dim)
         self.proj_out = nn.Linear(dim, patch_size[1] * patch_size[2] * latent_channels, bias=False)
-        self.scalar_actions = ScalarActionStream(chunk_length, num_effectors, scalar_hidden_dim, dim)
-        self.action_frame_stream: nn.Module | None = None
-        if action_frames == "pooled":
-            self.action_frame_stream = PooledActionFrames(latent_channels, dim)
-        elif action_frames == "spatial":
-            self.action_frame_stream = SpatialActionFrames(action_frame_cells, temporal_stride, patch_size, dim)
-        self.memory = HistoryMemory(latent_channels, memory_levels, dim, num_attention_heads)
+        self.add_conditioning()
         self.gradient_checkpointing = False
         self._rotary: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def from_cosmos(cls, source: str | Path, **kwargs: Any) -> ProphetTransformer:
+        """:func:`prophet_gym.world_model.cosmos.from_cosmos`: a Cosmos-Predict2 backbone and fresh conditioning."""
+        from .cosmos import from_cosmos
+
+        return from_cosmos(source, **kwargs)
+
+    def add_conditioning(self) -> None:
+        """Make what Prophet adds to the backbone, freshly initialised, in place of what is there."""
+        config = self.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        self.scalar_actions = ScalarActionStream(
+            config.chunk_length, config.num_effectors, config.scalar_hidden_dim, dim
+        )
+        self.action_frame_stream: nn.Module | None = None
+        if config.action_frames == "pooled":
+            self.action_frame_stream = PooledActionFrames(config.latent_channels, dim)
+        elif config.action_frames == "spatial":
+            self.action_frame_stream = SpatialActionFrames(
+                config.action_frame_cells, config.temporal_stride, config.patch_size, dim
+            )
+        self.memory = HistoryMemory(config.latent_channels, config.memory_levels, dim, config.num_attention_heads)
 
     def condition(
         self, actions: Tensor, action_frames: Tensor | None, history: Tensor, text: Tensor | None = None
