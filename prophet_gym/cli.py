@@ -22,7 +22,7 @@ from .data.opening import open_dataset
 from .demo import DemoConfig, run_demo
 from .errors import nearest
 from .judges.calibration import evaluate_judge, format_calibration
-from .judges.classifier import ClassifierJudge
+from .judges.opening import open_judge
 from .judges.rollouts import labelled_rollouts
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
@@ -288,7 +288,7 @@ class JudgeEvaluation:
 
     Attributes:
         data: folder of held-out episodes with simulator labels.
-        judge: folder of the judge; the checkpoint's by default.
+        judge: folder of a classifier or JSON file of a vision-language judge; the checkpoint's by default.
         checkpoint: the world model that imagines, a folder or a packaged name.
         episodes: how many, from the first.
         chunk_length: commands of a prediction; the model's maximum by default.
@@ -319,13 +319,13 @@ def judge(
         return
     held_out = EpisodeFolder(what.data)[: what.episodes]
     folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], what.checkpoint)
-    classifier = ClassifierJudge.from_pretrained(what.judge or folder / "judge")
+    measured = open_judge(what.judge or folder / "judge")
     frames = imagine(
         _load(what.checkpoint), held_out, chunk_length=what.chunk_length, seed=what.seed, progress=sys.stderr.isatty()
     )
     reports = {
-        "real": evaluate_judge(classifier, labelled_rollouts(held_out)),
-        "imagined": evaluate_judge(classifier, labelled_rollouts(held_out, frames)),
+        "real": evaluate_judge(measured, labelled_rollouts(held_out)),
+        "imagined": evaluate_judge(measured, labelled_rollouts(held_out, frames)),
     }
     for source, report in reports.items():
         print(f"\n{source} frames\n{format_calibration(report)}")

@@ -141,8 +141,8 @@ def make_world(
         checkpoint: a folder, a packaged name or a hub id ``owner/name``; default the packaged weights of the id.
         snapshots: where rollouts start, a :class:`prophet_gym.SnapshotSet`, a list or a folder of one; default
             ``snapshots/`` of the checkpoint, if it has some.
-        judge: a judge, any callable ``(frames, instruction) -> Verdict | bool | float``, or the folder of a
-            ``ClassifierJudge``; default ``judge/`` of the checkpoint, if it has one.
+        judge: a judge, any callable ``(frames, instruction) -> Verdict | bool | float``, or a path that
+            :func:`prophet_gym.judges.open_judge` takes; default ``judge/`` of the checkpoint, if it has one.
         judge_every_chunk: judge after every chunk instead of once at the horizon; default with the interfaces of
             single commands, whose loops look for success after every step.
         chunk_length: commands of one action chunk; default that of the world.
@@ -321,7 +321,7 @@ def _load(
     """Returns the world model, and its snapshots and judge as keyword arguments."""
     import torch
 
-    from .judges.classifier import ClassifierJudge
+    from .judges.opening import open_judge
     from .snapshot import SnapshotSet
     from .world_model.prophet import ProphetWorldModel
 
@@ -338,7 +338,7 @@ def _load(
     logger.info("%s runs %s", world.id, world_model.checkpoint_info)
     return world_model, {
         "snapshots": SnapshotSet.load(snapshots) if isinstance(snapshots, str | Path) else snapshots,
-        "judge": ClassifierJudge.from_pretrained(judge) if isinstance(judge, str | Path) else judge,
+        "judge": open_judge(judge) if isinstance(judge, str | Path) else judge,
     }
 
 

@@ -21,6 +21,7 @@ PUBLIC_API = json.loads((ROOT / "tests" / "public_api.json").read_text())
 ASSETS = ROOT / "prophet_gym" / "assets", ROOT / "prophrl_agents" / "assets"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEAVY = ("mujoco", "transformers", "vllm", "ray", "lerobot", "stable_baselines3", "matplotlib", "pyarrow", "h5py")
+HEAVY += ("openai",)
 
 
 def tracked_files() -> list[Path]:
@@ -53,7 +54,7 @@ def test_constraints_pin_every_core_and_tool_dependency() -> None:
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins), pins
     extras = PYPROJECT["project"]["optional-dependencies"]
-    pinned = ("dev", "docs", "viz", "ray", "data")
+    pinned = ("dev", "docs", "viz", "ray", "data", "vlm")
     needed = names(PYPROJECT["project"]["dependencies"] + [line for extra in pinned for line in extras[extra]])
     assert needed == names(pins)
 
@@ -62,7 +63,8 @@ def test_wheel_contains_code_and_assets() -> None:
     from hatchling.builders.wheel import WheelBuilder
 
     packaged = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    files = [path for assets in ASSETS for path in assets.rglob("*") if path.is_file()]
+    folders = [*ASSETS, ROOT / "prophet_gym" / "judges" / "prompts"]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assets = {str(path.relative_to(ROOT)) for path in files}
     assert assets and assets <= packaged, sorted(assets - packaged)
     assert {"prophet_gym/__init__.py", "prophet_gym/cli.py", "prophrl_agents/__init__.py"} <= packaged

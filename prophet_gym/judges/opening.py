@@ -1,0 +1,63 @@
+"""From a path to a judge: how a command line or ``gym.make(..., judge=PATH)`` names one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from prophet_gym.errors import nearest
+from prophet_gym.judges.backends import Backend, ServerBackend
+from prophet_gym.judges.base import Judge
+from prophet_gym.judges.classifier import ClassifierJudge
+from prophet_gym.judges.vlm import VLMConfig, VLMJudge
+
+__all__ = ["open_judge"]
+
+
+def open_judge(path: str | Path) -> Judge:
+    """Opens a judge.
+
+    Args:
+        path: the folder of a :class:`ClassifierJudge`, or a ``.json`` file that describes a :class:`VLMJudge`: the
+            fields of :class:`VLMConfig`, and "backend", an object with "kind" ("server", "transformers" or "vllm") and
+            the arguments of that backend. A key for the server stays out of it: set ``OPENAI_API_KEY``.
+
+    Raises:
+        ValueError: no such file or folder, not JSON, an unknown or missing field, or what the judge itself refuses.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        return ClassifierJudge.from_pretrained(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not the JSON file of a judge ({error}).") from error
+    backend = values.pop("backend", None) if isinstance(values, dict) else None
+    if not isinstance(backend, dict):
+        raise ValueError(f'{path}: expected an object with "backend": {{"kind": "server", "model": ...}}.')
+    known = [field.name for field in fields(VLMConfig)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path}: unknown field {name!r}; known are {['backend', *known]}.{nearest(name, known)}")
+    return VLMJudge(_open_backend(path, **backend), VLMConfig(**values))
+
+
+def _open_backend(path: Path, kind: str = "server", **arguments: Any) -> Backend:
+    from prophet_gym.judges.in_process import TransformersBackend, VLLMBackend
+
+    kinds: dict[str, Callable[..., Any]] = {
+        "server": ServerBackend,
+        "transformers": TransformersBackend.from_pretrained,
+        "vllm": VLLMBackend,
+    }
+    if kind not in kinds:
+        raise ValueError(f"{path}: backend kind {kind!r}; expected one of {sorted(kinds)}.{nearest(kind, kinds)}")
+    if "api_key" in arguments:
+        raise ValueError(f"{path}: a key does not belong in a file; set the environment variable OPENAI_API_KEY.")
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path}: the backend {kind!r} does not take {arguments} ({error}).") from error
