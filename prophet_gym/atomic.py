@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written beside their place under a hidden name, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place under a hidden name, then renamed."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         fresh.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def atomic_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that appears complete or not at all, in the place of one that is there.
+
+    Its folder is made where it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,15 +19,11 @@ from .data.folder import EpisodeFolder
 from .data.opening import open_dataset
 from .demo import DemoConfig, run_demo
 from .errors import nearest
-from .judges.calibration import evaluate_judge, format_calibration
-from .judges.opening import open_judge
-from .judges.rollouts import labelled_rollouts
+from .judge_commands import judge
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
 from .strict_json import to_json
-from .training.imagine import imagine
-from .training.judge import JudgeTrainingConfig, train_judge
 from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
 from .training.vae import VAEConfig, train_vae
 from .training.world_model import WorldModelConfig, train_world_model
@@ -269,69 +263,6 @@ def evaluate(
     )
     print(markdown(result))
     print(f"written to {out}")
-
-
-@dataclass(frozen=True)
-class JudgeTraining(JudgeTrainingConfig):
-    """Train the success classifier on real frames and on a world model's frames of the same actions.
-
-    Attributes:
-        checkpoint: the world model, a folder or a packaged name; "none" trains on real frames alone.
-    """
-
-    checkpoint: str = "tabletop"
-
-
-@dataclass(frozen=True)
-class JudgeEvaluation:
-    """Precision, recall, FPR and AUC of a judge on real frames and on imagined frames of the same actions.
-
-    Attributes:
-        data: folder of held-out episodes with simulator labels.
-        judge: folder of a classifier or JSON file of a vision-language judge; the checkpoint's by default.
-        checkpoint: the world model that imagines, a folder or a packaged name.
-        episodes: how many, from the first.
-        chunk_length: commands of a prediction; the model's maximum by default.
-        seed: of the imagination.
-        out: JSON file for the figures.
-    """
-
-    data: Path
-    judge: Path | None = None
-    checkpoint: str = "tabletop"
-    episodes: int = 400
-    chunk_length: int | None = None
-    seed: int = 0
-    out: Path | None = None
-
-
-def judge(
-    what: Annotated[JudgeTraining, subcommand("train")] | Annotated[JudgeEvaluation, subcommand("eval")],
-) -> None:
-    """Train a success classifier, or measure one against the simulator's truth.
-
-    Args:
-        what: training or evaluation.
-    """
-    if isinstance(what, JudgeTraining):
-        _, metrics = train_judge(what, None if what.checkpoint == "none" else _load(what.checkpoint))
-        print(to_json(metrics), end="")
-        return
-    held_out = EpisodeFolder(what.data)[: what.episodes]
-    folder = resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], what.checkpoint)
-    measured = open_judge(what.judge or folder / "judge")
-    frames = imagine(
-        _load(what.checkpoint), held_out, chunk_length=what.chunk_length, seed=what.seed, progress=sys.stderr.isatty()
-    )
-    reports = {
-        "real": evaluate_judge(measured, labelled_rollouts(held_out)),
-        "imagined": evaluate_judge(measured, labelled_rollouts(held_out, frames)),
-    }
-    for source, report in reports.items():
-        print(f"\n{source} frames\n{format_calibration(report)}")
-    if what.out is not None:
-        what.out.parent.mkdir(parents=True, exist_ok=True)
-        what.out.write_text(to_json(reports))
 
 
 def demo(config: DemoConfig) -> None:

@@ -56,4 +56,4 @@ cp -rT "$runs/judge" "$world/judge"
 "$prophet" snapshots "$world/snapshots" --overwrite
 
 "$prophet" eval "$runs/data/test" --checkpoint "$world" --out "$runs/evaluation"
-"$prophet" judge eval --data "$runs/data/test" --checkpoint "$world" --chunk-length 8
+"$prophet" judge eval "$runs/data/test" --checkpoint "$world" --chunk-length 8

@@ -11,7 +11,7 @@ from prophet_gym.cli import COMMANDS, main
 
 NESTED = {
     "train": ["vae", "vae-smoke", "world-model", "world-model-smoke"],
-    "judge": ["train", "eval"],
+    "judge": ["train", "train-vlm", "eval", "calibrate", "label"],
 }
 PATHS = [[], *([name] for name in COMMANDS), *([name, second] for name in NESTED for second in NESTED[name])]
 

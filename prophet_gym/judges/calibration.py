@@ -17,7 +17,19 @@ import numpy as np
 from prophet_gym.judges.base import Judge, Verdict
 from prophet_gym.judges.rollouts import LabelledRollout
 
-__all__ = ["auc", "calibration_report", "evaluate_judge", "format_calibration", "pick_threshold", "wilson_interval"]
+__all__ = [
+    "auc",
+    "auc_interval",
+    "calibration_report",
+    "confusion",
+    "evaluate_judge",
+    "evaluate_verdicts",
+    "format_calibration",
+    "judge_rollouts",
+    "ratio",
+    "show_rate",
+    "wilson_interval",
+]
 
 Z_95 = 1.959964
 
@@ -29,7 +41,7 @@ def evaluate_judge(
 
     Args:
         judge: the judge to measure.
-        rollouts: with simulator labels.
+        rollouts: with the truth about them, a simulator's or a person's.
         batch_size: rollouts per ``judge_batch`` call.
         bootstrap: resamplings behind the AUC interval.
         seed: of the resampling.
@@ -40,19 +52,36 @@ def evaluate_judge(
     Raises:
         ValueError: if there are no rollouts.
     """
+    verdicts = judge_rollouts(judge, rollouts, batch_size=batch_size)
+    return evaluate_verdicts(verdicts, rollouts, bootstrap=bootstrap, seed=seed)
+
+
+def judge_rollouts(judge: Judge, rollouts: Sequence[LabelledRollout], *, batch_size: int = 64) -> list[Verdict]:
+    """Returns the judge's verdict on each rollout, ``batch_size`` of them per ``judge_batch`` call.
+
+    Raises:
+        ValueError: if there are no rollouts.
+    """
     if not rollouts:
-        raise ValueError("evaluate_judge expects at least one labelled rollout, got none.")
+        raise ValueError("A judge is measured on at least one labelled rollout, got none.")
     verdicts: list[Verdict] = []
     for start in range(0, len(rollouts), batch_size):
         batch = rollouts[start : start + batch_size]
         verdicts += judge.judge_batch([r.frames for r in batch], [r.instruction for r in batch])
+    return verdicts
+
+
+def evaluate_verdicts(
+    verdicts: Sequence[Verdict], rollouts: Sequence[LabelledRollout], *, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """The report of :func:`evaluate_judge` from verdicts that are there already, one per rollout."""
     labels = np.array([rollout.label for rollout in rollouts])
     report = calibration_report(verdicts, labels, bootstrap=bootstrap, seed=seed)
     for key, group_of in (("behaviours", lambda r: r.behaviour), ("sources", lambda r: r.source)):
         groups = np.array([group_of(rollout) for rollout in rollouts])
         report[key] = {}
         for group in np.unique(groups):
-            members = np.flatnonzero(groups == group)
+            members = np.flatnonzero(groups == group).tolist()
             report[key][str(group)] = _rates([verdicts[i] for i in members], labels[members], bootstrap, seed)
     return report
 
@@ -79,8 +108,8 @@ def calibration_report(
     report["thresholds"] = []
     for threshold in np.linspace(0.1, 0.9, 9):
         said = scores[scored] >= threshold
-        counts = _confusion(said, labels[scored])
-        row = {name: _ratio(*counts[name])["value"] for name in ("precision", "recall", "fpr")}
+        counts = confusion(said, labels[scored])
+        row = {name: ratio(*counts[name])["value"] for name in ("precision", "recall", "fpr")}
         report["thresholds"].append({"threshold": round(float(threshold), 3), **row})
     return report
 
@@ -111,34 +140,6 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((mean_ranks[inverse][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def pick_threshold(scores: np.ndarray, labels: np.ndarray, *, beta: float = 1.5) -> float:
-    """Returns the threshold with the highest F-beta, in the middle of the gap between neighbouring scores.
-
-    Args:
-        scores: (n,) float in [0, 1].
-        labels: (n,) bool, with at least one success.
-        beta: how many times recall matters as much as precision (paper 4.4 asks for high recall).
-
-    Raises:
-        ValueError: if there is no success to recall or a score is NaN.
-    """
-    labels = np.asarray(labels, dtype=bool)
-    if not labels.any() or np.isnan(scores).any():
-        raise ValueError(
-            f"pick_threshold needs at least one success and no NaN, got {int(labels.sum())} successes among "
-            f"{len(labels)} rollouts and {int(np.isnan(scores).sum())} NaN scores. Record successful episodes too."
-        )
-    values = np.unique(scores)
-    best_f, best_threshold = -1.0, 0.5
-    for below, value in zip(np.concatenate([[0.0], values[:-1]]), values, strict=True):
-        said = scores >= value
-        hits = int((said & labels).sum())
-        f = (1 + beta**2) * hits / (int(said.sum()) + beta**2 * int(labels.sum()))
-        if f >= best_f:
-            best_f, best_threshold = f, float(below + value) / 2
-    return best_threshold
-
-
 def format_calibration(report: dict[str, Any]) -> str:
     """Returns a report of :func:`evaluate_judge` as a table for the terminal."""
     names = ("precision", "recall", "fpr", "auc")
@@ -148,7 +149,7 @@ def format_calibration(report: dict[str, Any]) -> str:
         groups = report.get(key, {})
         rows += [(f"  {name or 'unknown'}", group) for name, group in groups.items()] if len(groups) > 1 else []
     for name, group in rows:
-        rates = "".join(f"{_show(group[rate]):<19}" for rate in names)
+        rates = "".join(f"{show_rate(group[rate]):<19}" for rate in names)
         lines.append(f"{name:16}{group['n']:>6}{group['successes']:>9}{group['abstained']:>9}  {rates}".rstrip())
     lines += ["95 % intervals: Wilson; AUC by bootstrap over rollouts", ""]
     lines.append(f"{'threshold':>10}{'precision':>11}{'recall':>9}{'fpr':>7}")
@@ -163,17 +164,17 @@ def _rates(verdicts: Sequence[Verdict], labels: np.ndarray, bootstrap: int, seed
     said = np.array([bool(verdict.success) for verdict in verdicts])[valid]
     scores = np.array([verdict.score for verdict in verdicts])
     scored = ~np.isnan(scores)
-    counts = _confusion(said, labels[valid])
+    counts = confusion(said, labels[valid])
     return {
         "n": len(verdicts),
         "successes": int(labels.sum()),
         "abstained": int((~valid).sum()),
-        **{name: _ratio(*counts[name]) for name in ("precision", "recall", "fpr")},
-        "auc": _auc_interval(scores[scored], labels[scored], bootstrap, seed),
+        **{name: ratio(*counts[name]) for name in ("precision", "recall", "fpr")},
+        "auc": auc_interval(scores[scored], labels[scored], bootstrap, seed),
     }
 
 
-def _confusion(said: np.ndarray, labels: np.ndarray) -> dict[str, tuple[int, int]]:
+def confusion(said: np.ndarray, labels: np.ndarray) -> dict[str, tuple[int, int]]:
     """Numerators and denominators of Eq. 33."""
     hits, false_alarms = int((said & labels).sum()), int((said & ~labels).sum())
     return {
@@ -183,12 +184,14 @@ def _confusion(said: np.ndarray, labels: np.ndarray) -> dict[str, tuple[int, int
     }
 
 
-def _ratio(hits: int, count: int) -> dict[str, float | None]:
+def ratio(hits: int, count: int) -> dict[str, float | None]:
+    """Returns a proportion with its 95 % Wilson interval; the value is None for ``count`` 0."""
     low, high = wilson_interval(hits, count)
     return {"value": hits / count if count else None, "low": low, "high": high}
 
 
-def _auc_interval(scores: np.ndarray, labels: np.ndarray, bootstrap: int, seed: int) -> dict[str, float | None]:
+def auc_interval(scores: np.ndarray, labels: np.ndarray, bootstrap: int, seed: int) -> dict[str, float | None]:
+    """Returns the AUC with a 95 % bootstrap interval over rollouts; the value is None with one class only."""
     value = auc(scores, labels)
     if math.isnan(value):
         return {"value": None, "low": 0.0, "high": 1.0}
@@ -199,5 +202,6 @@ def _auc_interval(scores: np.ndarray, labels: np.ndarray, bootstrap: int, seed: 
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def _show(rate: dict[str, float | None]) -> str:
+def show_rate(rate: dict[str, float | None]) -> str:
+    """Returns a rate with its interval in words; "-" where it is undefined."""
     return "-" if rate["value"] is None else f"{rate['value']:.3f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from prophet_gym.judges.base import Verdict, check_rollouts
+from prophet_gym.judges.decision import DecisionRule
 from prophet_gym.judges.network import SuccessNetwork, frame_indices
 from prophet_gym.strict_json import to_json
 from prophet_gym.words import encode_instruction
@@ -148,12 +149,17 @@ class ClassifierJudge:
     def _verdict(self, score: float, why_not: str) -> Verdict:
         if why_not:
             return Verdict.abstain(why_not)
-        if abs(score - self.config.threshold) < self.config.abstain_margin:
+        if not self.rule.decided(score):
             return Verdict.abstain(
                 f"score {score:.3f} within {self.config.abstain_margin} of the threshold {self.config.threshold:.3f}",
                 score,
             )
         return Verdict(score >= self.config.threshold, score)
+
+    @property
+    def rule(self) -> DecisionRule:
+        """How scores become verdicts."""
+        return DecisionRule(self.config.threshold, self.config.abstain_margin)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``judge.safetensors`` (float16) and ``judge.json``; each file appears complete or not at all.

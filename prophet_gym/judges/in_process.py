@@ -6,8 +6,10 @@ soon as the world model needs the same GPU, or several runs the same judge.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from prophet_gym.errors import MissingExtraError
 from prophet_gym.judges.backends import TOP_LOGPROBS, Answer, Question, Sampling
 from prophet_gym.judges.prompting import success_probability
 
-__all__ = ["TransformersBackend", "VLLMBackend"]
+__all__ = ["TransformersBackend", "VLLMBackend", "chat_inputs", "load_model"]
 
 
 class VLLMBackend:
@@ -74,40 +76,41 @@ class TransformersBackend:
         model: an image-text-to-text model, on its device and in its precision.
         processor: of that model, with a chat template.
         name: of the model, for the key of cached answers.
+        adapter: digest or name of what fine-tuned the model, for the same key; empty for none.
     """
 
     takes_video = False
 
-    def __init__(self, model: Any, processor: Any, *, name: str) -> None:
-        self.identity = {"backend": "transformers", "model": name}
+    def __init__(self, model: Any, processor: Any, *, name: str, adapter: str = "") -> None:
+        self.identity = {"backend": "transformers", "model": name, **({"adapter": adapter} if adapter else {})}
         self._model, self._processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, model: str, *, device: str = "cpu", dtype: str = "auto") -> TransformersBackend:
+    def from_pretrained(
+        cls, model: str, *, device: str = "cpu", dtype: str = "auto", adapter: str | None = None
+    ) -> TransformersBackend:
         """Loads a model.
 
         Args:
             model: hub id or folder.
             device: as in torch.
             dtype: "float32", "bfloat16", "float16", or "auto" for that of the weights.
+            adapter: folder or hub id of an adapter of peft on that model, as `prophet judge train-vlm` writes it.
 
         Raises:
             MissingExtraError: the model's processor needs a package that is not installed, most often torchvision.
-            ValueError: there is no such model.
+            ValueError: there is no such model, or no such adapter for it.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        network, processor = load_model(model, dtype)
+        if adapter is None:
+            return cls(network.to(device), processor, name=model)
+        from peft import PeftModel
 
         try:
-            processor = AutoProcessor.from_pretrained(model)
-            network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-        except ImportError as error:
-            raise MissingExtraError(
-                f"The processor of {model!r} needs a package that is missing: {' '.join(str(error).split())[:160]}. "
-                "If it is torchvision: pip install torchvision, the build that fits the installed torch."
-            ) from error
-        except OSError as error:
-            raise ValueError(f"No vision-language model {model!r} ({str(error).splitlines()[0]}).") from error
-        return cls(network.to(device), processor, name=model)
+            network = PeftModel.from_pretrained(network, adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{adapter!r} is no adapter for {model!r} ({str(error).splitlines()[0]}).") from error
+        return cls(network.to(device), processor, name=model, adapter=_digest(adapter))
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
         """Answers one question after the other."""
@@ -121,21 +124,13 @@ class TransformersBackend:
 
     @torch.no_grad()
     def _generate(self, question: Question, sampling: Sampling) -> list[Answer]:
-        content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
-        for label, image in zip(question.labels, question.images, strict=True):
-            picture = Image.open(io.BytesIO(image)).convert("RGB")
-            content += [{"type": "text", "text": label}, {"type": "image", "image": picture}]
-        inputs = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self._model.device)
+        inputs = chat_inputs(self._processor, question).to(self._model.device)
         device = self._model.device
         drawing: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             drawing = {"do_sample": True, "temperature": sampling.temperature}
+        if sampling.logprobs:  # the model's own probabilities: Qwen's generation settings penalise repeated words
+            drawing["repetition_penalty"] = 1.0
         recorder = _Recorder()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(question.seeds[0])  # generate() draws all answers from one global generator
@@ -160,6 +155,61 @@ class TransformersBackend:
             tokens.append((tokenizer.decode([token]), likely))
         text = tokenizer.decode(row, skip_special_tokens=True)
         return Answer(text, finished=length is not None, probability=success_probability(tokens))
+
+
+def load_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """Returns a vision-language model, on the CPU, and its processor.
+
+    Args:
+        model: hub id or folder.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the weights.
+
+    Raises:
+        MissingExtraError: the model's processor needs a package that is not installed, most often torchvision.
+        ValueError: there is no such model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"The processor of {model!r} needs a package that is missing: {' '.join(str(error).split())[:160]}. "
+            "If it is torchvision: pip install torchvision, the build that fits the installed torch."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"No vision-language model {model!r} ({str(error).splitlines()[0]}).") from error
+    return network, processor
+
+
+def _digest(adapter: str) -> str:
+    """What tells one adapter from another trained into the same folder; the name of one on the hub."""
+    weights = Path(adapter) / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else adapter
+
+
+def chat_inputs(processor: Any, question: Question) -> Any:
+    """A question as a model of transformers is asked it, up to where its answer begins.
+
+    Args:
+        processor: with a chat template.
+        question: of single pictures.
+
+    Returns:
+        The processor's batch of one on the CPU: "input_ids" (1, L), "attention_mask" (1, L), and the pictures.
+    """
+    content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+    for label, image in zip(question.labels, question.images, strict=True):
+        picture = Image.open(io.BytesIO(image)).convert("RGB")
+        content += [{"type": "text", "text": label}, {"type": "image", "image": picture}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 class _Recorder:

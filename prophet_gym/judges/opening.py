@@ -23,7 +23,8 @@ def open_judge(path: str | Path) -> Judge:
     Args:
         path: the folder of a :class:`ClassifierJudge`, or a ``.json`` file that describes a :class:`VLMJudge`: the
             fields of :class:`VLMConfig`, and "backend", an object with "kind" ("server", "transformers" or "vllm") and
-            the arguments of that backend. A key for the server stays out of it: set ``OPENAI_API_KEY``.
+            the arguments of that backend; an "adapter" of kind "transformers" may be a folder beside the file. A key
+            for the server stays out of it: set ``OPENAI_API_KEY``.
 
     Raises:
         ValueError: no such file or folder, not JSON, an unknown or missing field, or what the judge itself refuses.
@@ -57,6 +58,9 @@ def _open_backend(path: Path, kind: str = "server", **arguments: Any) -> Backend
         raise ValueError(f"{path}: backend kind {kind!r}; expected one of {sorted(kinds)}.{nearest(kind, kinds)}")
     if "api_key" in arguments:
         raise ValueError(f"{path}: a key does not belong in a file; set the environment variable OPENAI_API_KEY.")
+    beside = path.parent / str(arguments.get("adapter", ""))
+    if "adapter" in arguments and beside.is_dir():  # a judge and its adapter travel together
+        arguments["adapter"] = str(beside)
     try:
         return kinds[kind](**arguments)
     except TypeError as error:

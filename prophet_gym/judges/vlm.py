@@ -25,10 +25,11 @@ import numpy as np
 from prophet_gym.judges.answer_cache import AnswerCache
 from prophet_gym.judges.backends import Answer, Backend, Question, Sampling
 from prophet_gym.judges.base import Verdict, check_rollout, check_rollouts
+from prophet_gym.judges.decision import DecisionRule
 from prophet_gym.judges.pictures import ImageFormat, encode_frames, spread_indices
 from prophet_gym.judges.prompting import AUTO, fill_prompt, load_prompt, pick_prompt, read_vote
 
-__all__ = ["VLMConfig", "VLMJudge"]
+__all__ = ["VLMConfig", "VLMJudge", "build_question"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class VLMConfig:
     """Of the sampling (method "votes")."""
     min_votes: int = 3
     """Abstain when fewer answers than this can be read (method "votes")."""
+    threshold: float = 0.5
+    """Score above which a rollout is a success: the share of readable votes for it, or its probability. One half is the
+    majority; 0.3 lets two of five votes suffice, for more recall. A score that is the threshold abstains."""
     min_margin: float = 0.0
-    """Abstain when the shares of success and failure differ by less than this; a tie always abstains."""
+    """Abstain when the score lies closer to the threshold than half of this: at the threshold of one half, when the
+    shares of success and failure differ by less than this."""
     max_tokens: int = 1024
     """Longest answer; one that is cut off is no vote."""
     seed: int = 0
@@ -70,7 +75,7 @@ class VLMConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least {least}.")
-        for name in ("temperature", "min_margin"):
+        for name in ("temperature", "min_margin", "threshold"):
             if not isinstance(getattr(self, name), numbers.Real):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number.")
         for name, known in (
@@ -84,6 +89,8 @@ class VLMConfig:
             raise ValueError(f"min_votes={self.min_votes} can never be reached with votes={self.votes}.")
         if not 0.0 <= self.min_margin <= 1.0:
             raise ValueError(f"min_margin={self.min_margin}: expected a difference of shares in [0, 1].")
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold={self.threshold}: expected a share or probability between 0 and 1.")
         if not 0.0 <= self.temperature <= 2.0 or (self.method == "votes" and self.votes > 1 and self.temperature == 0):
             raise ValueError(
                 f"temperature={self.temperature} with votes={self.votes}: expected at most 2, and more than 0 with "
@@ -148,19 +155,9 @@ class VLMJudge:
         return [self._verdict(given or []) for given in answers]
 
     def _question(self, frames: np.ndarray, instruction: str) -> Question:
-        config = self.config
-        shown = spread_indices(len(frames), config.num_frames)
-        prompt = self._own_prompt or load_prompt(pick_prompt(instruction))
-        question = Question(
-            text=fill_prompt(prompt, instruction),
-            images=encode_frames(frames[shown], config.image_size, config.image_format),
-            labels=tuple(f"Frame {index}:" for index in shown),
-            media_type=f"image/{config.image_format}",
-            as_video=config.media == "video",
-            seeds=(),
-        )
-        rng = np.random.default_rng([config.seed, int(self._key(question), 16)])
-        count = 1 if config.method == "logprobs" else config.votes
+        question = build_question(frames, instruction, self.config, self._own_prompt)
+        rng = np.random.default_rng([self.config.seed, int(self._key(question), 16)])
+        count = 1 if self.config.method == "logprobs" else self.config.votes
         return replace(question, seeds=tuple(rng.integers(0, 2**31, count).tolist()))
 
     def _key(self, question: Question) -> str:
@@ -194,16 +191,53 @@ class VLMJudge:
                 continue
             votes.append(vote)
             weights.append(float(vote) if answer.probability is None else answer.probability)
-        needed = 1 if self.config.method == "logprobs" else self.config.min_votes
         score = float(np.mean(weights)) if weights else math.nan
         counts = f"{sum(votes)} of {len(answers)} votes for success, {len(votes) - sum(votes)} for failure"
         if self.config.method == "logprobs":
             counts = f"P(success) = {score:.3f}"
         reason = "; ".join([counts, *(f"{count} unread: {why}" for why, count in unread.most_common())])
-        margin = abs(2 * score - 1)
-        if len(votes) < needed:
-            return Verdict.abstain(f"{reason}; {needed} readable votes are needed", score, tuple(votes))
-        if margin < self.config.min_margin or margin == 0:
+        if len(votes) < self.needed_votes:
+            return Verdict.abstain(f"{reason}; {self.needed_votes} readable votes are needed", score, tuple(votes))
+        if not self.rule.decided(score):
+            margin = 2 * abs(score - self.config.threshold)
             least = f"more than 0 and at least {self.config.min_margin}"
             return Verdict.abstain(f"{reason}; a margin of {margin:.2f}, where {least} is needed", score, tuple(votes))
-        return Verdict(score > 0.5, score, tuple(votes), reason=reason)
+        return Verdict(bool(self.rule.success(score)), score, tuple(votes), reason=reason)
+
+    @property
+    def needed_votes(self) -> int:
+        """Readable votes without which it abstains."""
+        return 1 if self.config.method == "logprobs" else self.config.min_votes
+
+    @property
+    def rule(self) -> DecisionRule:
+        """How scores become verdicts, once there are enough readable votes."""
+        return DecisionRule(self.config.threshold, self.config.min_margin / 2, tie_abstains=True)
+
+
+def build_question(frames: np.ndarray, instruction: str, config: VLMConfig, prompt: str | None = None) -> Question:
+    """What a vision-language model is shown and asked about a rollout, in use as in training.
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        instruction: the goal in words.
+        config: which frames, how large, which prompt.
+        prompt: text of the prompt; loaded as ``config.prompt`` says by default.
+
+    Returns:
+        The question, without seeds.
+
+    Raises:
+        ValueError: unknown prompt.
+    """
+    if prompt is None:
+        prompt = load_prompt(pick_prompt(instruction) if config.prompt == AUTO else config.prompt)
+    shown = spread_indices(len(frames), config.num_frames)
+    return Question(
+        text=fill_prompt(prompt, instruction),
+        images=encode_frames(frames[shown], config.image_size, config.image_format),
+        labels=tuple(f"Frame {index}:" for index in shown),
+        media_type=f"image/{config.image_format}",
+        as_video=config.media == "video",
+        seeds=(),
+    )

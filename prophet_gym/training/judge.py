@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from prophet_gym.atomic import atomic_text
 from prophet_gym.data.folder import EpisodeFolder
-from prophet_gym.judges.calibration import auc, evaluate_judge, pick_threshold
+from prophet_gym.judges.calibration import auc, evaluate_judge
 from prophet_gym.judges.classifier import CONFIG_FILE, ClassifierConfig, ClassifierJudge, to_network
 from prophet_gym.judges.network import frame_indices
+from prophet_gym.judges.operating_point import pick_threshold
 from prophet_gym.judges.rollouts import LabelledRollout, labelled_rollouts
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.augment import augment
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from prophet_gym.data.episode import Episode
     from prophet_gym.world_model.state import WorldModel
 
-__all__ = ["JudgeTrainingConfig", "fit_judge", "imagine", "train_judge"]
+__all__ = ["JudgeTrainingConfig", "fit_judge", "imagine", "read_rollouts", "train_judge"]
 
 METRICS_FILE = "judge_metrics.json"
 NEAR_SUCCESS_FRAMES = 6
@@ -120,6 +121,41 @@ def train_judge(
     output = Path(config.output)
     if (output / CONFIG_FILE).exists() and not config.overwrite:
         raise ValueError(f"{output} already holds a judge. Choose another output, or set overwrite.")
+    train, val = read_rollouts(config, world_model)
+    judge, metrics = fit_judge(train, val, config)
+    judge.save_pretrained(output)
+    atomic_text(output / METRICS_FILE, to_json(metrics))
+    return judge, metrics
+
+
+class RolloutSource(Protocol):
+    """What :func:`read_rollouts` asks of a configuration; see :class:`JudgeTrainingConfig`."""
+
+    @property
+    def data(self) -> tuple[str, ...]: ...
+    @property
+    def val(self) -> str: ...
+    @property
+    def val_fraction(self) -> float: ...
+    @property
+    def max_episodes(self) -> int: ...
+    @property
+    def chunk_length(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def read_rollouts(
+    config: RolloutSource, world_model: WorldModel | None
+) -> tuple[list[LabelledRollout], list[LabelledRollout]]:
+    """Reads episodes, splits them, and imagines each with its own actions where there is a world model (paper 3.4.1).
+
+    Returns:
+        Rollouts to learn from and rollouts of other episodes to select by.
+
+    Raises:
+        ValueError: episodes in both sets, or without success labels.
+    """
     episodes = [episode for folder in config.data for episode in _named_episodes(folder)]
     if config.max_episodes:
         order = np.random.default_rng(config.seed).permutation(len(episodes))[: config.max_episodes]
@@ -131,7 +167,7 @@ def train_judge(
         count = round(config.val_fraction * len(episodes))
         held_out = [episodes[index] for index in sorted(order[:count])]
         episodes = [episodes[index] for index in sorted(order[count:])]
-    _check_disjoint(episodes, held_out)
+    check_disjoint(episodes, held_out)
     train, val = labelled_rollouts(episodes), labelled_rollouts(held_out)
     if world_model is not None:
         for rollouts, subset, offset in ((train, episodes, 0), (val, held_out, 1_000_000)):
@@ -143,12 +179,7 @@ def train_judge(
                 progress=True,
             )
             rollouts += labelled_rollouts(subset, frames)
-    judge, metrics = fit_judge(train, val, config)
-    judge.save_pretrained(output)
-    temporary = output / f".{METRICS_FILE}.{os.getpid()}"
-    temporary.write_text(to_json(metrics))
-    os.replace(temporary, output / METRICS_FILE)
-    return judge, metrics
+    return train, val
 
 
 def fit_judge(
@@ -167,7 +198,7 @@ def fit_judge(
     Raises:
         ValueError: if either set lacks successes or failures, if episodes are in both, or if frames differ in size.
     """
-    _check_disjoint(train, val)
+    check_disjoint(train, val)
     sizes = {rollout.frames.shape[1:3] for rollout in (*train, *val)}
     if len(sizes) != 1:
         raise ValueError(f"All rollouts must have frames of one size, got (H, W) in {sorted(sizes)}.")
@@ -215,7 +246,8 @@ def _named_episodes(folder: str) -> list[Episode]:
     return [dataclasses.replace(episode, name=f"{folder}/{episode.name}") for episode in EpisodeFolder(folder)]
 
 
-def _check_disjoint(train: Sequence[Episode | LabelledRollout], val: Sequence[Episode | LabelledRollout]) -> None:
+def check_disjoint(train: Sequence[Episode | LabelledRollout], val: Sequence[Episode | LabelledRollout]) -> None:
+    """Raises ValueError if an episode is in both sets."""
     shared = {each.name for each in train} & {each.name for each in val}
     if shared:
         raise ValueError(f"{len(shared)} episodes are in both training and validation, e.g. {min(shared)!r}.")
