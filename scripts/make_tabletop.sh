@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes the shipped checkpoint of Prophet-Tabletop-v0 again: data, codec, denoiser, judge, evaluation.
-# About five hours on two CPU cores; every step continues where it was interrupted.
+# About seven hours on two CPU cores; every step continues where it was interrupted.
 set -euo pipefail
 prophet=${PROPHET:-.venv/bin/prophet}
 prophrl=${PROPHRL:-.venv/bin/prophrl}
+python=${PYTHON:-.venv/bin/python}
 runs=${RUNS:-runs/tabletop}
 resume() { [ -e "$1/checkpoints/last.pt" ] && echo --resume || true; }
 
@@ -47,12 +48,34 @@ world "$runs/contact" --data "$runs/data/all" --motion-weight 3 --object-weight 
   --decay-fraction 0.6 --warmup-steps 50 --seed 3
 world "$runs/final" --data "$runs/data/all" --init "$runs/contact/prophet" --steps 1700 --decay-fraction 0.7 --warmup-steps 50 \
   --seed 4
-world=$runs/final/prophet
-cp "$runs"/decoder/vae/* "$world/vae/"  # same encoder, so the denoiser fits
-[ -e "$runs/judge/judge.json" ] || "$prophet" judge train --data "$runs/data/all" "$runs/data/extra" \
-  --val "$runs/data/val" --checkpoint "$world" --max-episodes 1600 --steps 700 --chunk-length 8 --output "$runs/judge"
+judge() {  # checkpoint, held-out episodes, steps, episodes read, folders of episodes
+  local world=$1 val=$2 steps=$3 episodes=$4; shift 4
+  cp "$runs"/decoder/vae/* "$world/vae/"  # same encoder, so the denoiser fits
+  [ -e "$world/judge/judge.json" ] || "$prophet" judge train --data "$@" --val "$val" --checkpoint "$world" \
+    --max-episodes "$episodes" --steps "$steps" --chunk-length 8 --output "$world/judge"
+}
+judge "$runs/final/prophet" "$runs/data/val" 700 1600 "$runs/data/all" "$runs/data/extra"
 
-cp -rT "$runs/judge" "$world/judge"
+# What a policy learns in that world and does not work in truth: reinforce in it, play the result, learn from that.
+"$python" benchmarks/reinforcement.py --policy tabletop-sft --out "$runs/reinforced" --arms flowscale \
+  --envs Prophet-Tabletop-v0 --seeds 0 1 --updates 24 --checkpoint "$runs/final/prophet" --judge "$runs/final/prophet/judge"
+play() {  # policy, episodes, first seed
+  "$prophrl" record "$runs/data/played-$3" --policy "$1" --episodes "$2" --seed "$3" --noisy-share 0.7
+}
+play tabletop-sft 1000 4200000
+play "$runs/reinforced/flowscale-Prophet-Tabletop-v0-1024-0/policy" 500 4300000
+play "$runs/reinforced/flowscale-Prophet-Tabletop-v0-1024-0/policy" 500 4310000
+play "$runs/reinforced/flowscale-Prophet-Tabletop-v0-1024-1/policy" 1000 4400000
+"$prophrl" record "$runs/data/val-played" --policy tabletop-sft --episodes 160 --seed 4100000
+mkdir -p "$runs/data/everything" "$runs/data/some" "$runs/data/val-judge"
+ln -sfn "$(realpath "$runs/data/val")"/episode_* "$(realpath "$runs/data/val-played")"/episode_* "$runs/data/val-judge/"
+ln -sfn "$(realpath "$runs/data/all")"/episode_* "$(realpath "$runs")"/data/played-*/episode_* "$runs/data/everything/"
+ls -d "$(realpath "$runs/data/train")"/episode_* | head -800 | xargs -I{} ln -sfn {} "$runs/data/some/"
+world "$runs/refreshed" --data "$runs/data/everything" --init "$runs/final/prophet" --steps 3600 --decay-fraction 0.6 \
+  --warmup-steps 50 --seed 5 --timestep-shift 4 --first-step 0.35 --num-inference-steps 2
+world=$runs/refreshed/prophet
+sed -i 's/"num_inference_steps": 2/"num_inference_steps": 1/' "$world/prophet.json"  # as good on validation, and faster
+judge "$world" "$runs/data/val-judge" 1200 2600 "$runs"/data/played-* "$runs/data/extra" "$runs/data/some"
 "$prophet" snapshots "$world/snapshots" --overwrite
 
 "$prophet" eval "$runs/data/test" --checkpoint "$world" --out "$runs/evaluation"
