@@ -15,11 +15,12 @@ from .audit import audit as audit_episodes
 from .audit import format_audit
 from .audit_report import write_audit_page
 from .command_line import run_commands
+from .commands.judge import judge
+from .commands.robot import adapt, calibrate, push
 from .data.folder import EpisodeFolder
 from .data.opening import open_dataset
 from .demo import DemoConfig, run_demo
 from .errors import nearest
-from .judge_commands import judge
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
@@ -280,6 +281,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "record": record,
     "snapshots": snapshots,
     "audit": audit,
+    "calibrate": calibrate,
+    "adapt": adapt,
+    "push": push,
     "check": check,
     "from-cosmos": from_cosmos,
     "train": train,

@@ -56,13 +56,14 @@ class World:
     Attributes:
         id: the Gymnasium id.
         action_spec: name of its row in ``prophet_gym.actions.ACTION_SPECS``; a checkpoint must follow its conventions.
+            None: those of the checkpoint, whatever they are.
         horizon: commands after which a rollout is truncated, by default.
         chunk_length: commands of one action chunk by default; None is the model's maximum.
         packaged: folder in ``assets/`` with the weights that come with the package; None if there are none.
     """
 
     id: str
-    action_spec: str
+    action_spec: str | None
     horizon: int
     chunk_length: int | None = None
     packaged: str | None = None
@@ -79,6 +80,7 @@ WORLDS: dict[str, World] = {
         World("Prophet-Libero10-v0", "libero", horizon=520),
         World("Prophet-Droid-v0", "droid", horizon=300),
         World("Prophet-AgiBot-v0", "agibot", horizon=600),
+        World("Prophet-Custom-v0", None, horizon=100),
     )
 }
 """Every world by id."""
@@ -346,6 +348,8 @@ def _require_conventions(world: World, world_model: WorldModel) -> None:
     """Bounds and rates may differ between checkpoints of a world; what a number means may not."""
     from .actions import ACTION_SPECS
 
+    if world.action_spec is None:
+        return
     expected, found = ACTION_SPECS[world.action_spec], world_model.action_spec
     names = ("num_effectors", "delta", "rotation", "gripper", "position_scale", "rotation_scale")
     differing = [f"{n}={getattr(found, n)!r} (expected {getattr(expected, n)!r})" for n in names
@@ -387,5 +391,6 @@ def _remedy(world: World) -> str:
         "Train some on a folder of episodes of that robot:\n"
         "  prophet train vae --data EPISODES --validation HELD_OUT\n"
         "  prophet train world-model --data EPISODES --vae runs/vae/vae\n"
+        "or adapt those of another robot: prophet adapt EPISODES --base CHECKPOINT --out runs/world-model/prophet\n"
         f'then gym.make("{world.id}", checkpoint="runs/world-model/prophet").'
     )

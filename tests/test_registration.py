@@ -38,7 +38,7 @@ def test_import_registers_every_id_and_loads_no_network() -> None:
 
 
 def test_table_is_consistent() -> None:
-    assert all(world.id == key and world.action_spec in ACTION_SPECS for key, world in WORLDS.items())
+    assert all(world.id == key and world.action_spec in (*ACTION_SPECS, None) for key, world in WORLDS.items())
     for name in prophet_gym.__all__:
         assert getattr(prophet_gym, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Prophet'"):

@@ -47,6 +47,29 @@ class EpisodeSequence(Sequence[Episode], ABC):
         return [self.read(i) for i in positions] if isinstance(positions, range) else self.read(positions)
 
 
+class EpisodeRange(EpisodeSequence):
+    """Neighbouring episodes of a sequence, as lazy as it is: slices are lists, which keep the frames they decode."""
+
+    def __init__(self, episodes: EpisodeSequence, first: int, last: int) -> None:
+        """Take episodes ``first`` up to, not including, ``last``.
+
+        Raises:
+            ValueError: If they are not 0 <= first < last <= len(episodes).
+        """
+        if not 0 <= first < last <= len(episodes):
+            raise ValueError(f"episodes {first} to {last} of {len(episodes)}; expected 0 <= first < last <= all")
+        self.episodes, self.first = episodes, first
+        self.names = tuple(episodes.names[first:last])
+
+    def read(self, index: int) -> Episode:
+        """Read the episode at this place of the range."""
+        return self.episodes.read(self.first + index)
+
+    def __repr__(self) -> str:
+        """Say which, and of what."""
+        return f"EpisodeRange({len(self)} from {self.first} of {self.episodes!r})"
+
+
 @dataclass(frozen=True)
 class SkippedEpisode:
     """An episode that cannot be read.

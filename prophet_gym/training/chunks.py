@@ -8,16 +8,16 @@ that may succeed or slip would then be imagined as a success, or as a block in b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..actions import pad_chunk
-from ..world_model.codec import VideoCodec
-from ..world_model.video_vae import FoldedVideoVAE
+from ..world_model.codec import VideoCodec, to_video
 from .clips import ClipArrays, LatentArrays
-from .config import WorldModelConfig
+from .config import ObjectiveConfig
 
 _NEAR = 0.1  # of the image's width: an end-effector that is drawn so near to an object may touch it
 _TENT = 1.5  # half width of a tent of coverage in latent positions
@@ -47,10 +47,11 @@ class ChunkSampler:
     """Draws batches from recorded clips; batch i is a function of (seed, i)."""
 
     def __init__(
-        self, clips: ClipArrays, latents: LatentArrays, config: WorldModelConfig, *, chunk_length: int, history: int,
-        vae: FoldedVideoVAE,
+        self, clips: ClipArrays, latents: LatentArrays, config: ObjectiveConfig, *, chunk_length: int, history: int,
+        vae: Any,
     ) -> None:  # fmt: skip
         self.clips, self.latents, self.config, self.vae = clips, latents, config, vae
+        self.codec = VideoCodec(vae)
         self.chunk_length, self.groups = chunk_length, history // 4
         self.commands = clips.actions.shape[1]
         if self.commands < chunk_length:
@@ -117,15 +118,11 @@ class ChunkSampler:
                 ``start - waiting - 4 age``; the history before it repeats that frame (Alg. 1, line 1).
         """
         groups = -(-length // 4)
-        # group[i] codes frames 2 i - 3 ... 2 i, so the j-th group of the clip has 2 i = start + 4 (j + 1).
-        columns = starts[:, None] // 2 + 2 * np.arange(1, groups + 1)
-        whole = length // 4
-        parts = [self.latents.single[episodes, starts // 2][:, None]]
-        if whole:
-            parts.append(self.latents.group[episodes[:, None], columns[:, :whole]])
-        if whole < groups:
-            parts.append(self._partial_group(episodes, starts, length))
-        latents = torch.from_numpy(np.concatenate(parts, axis=1)).float().transpose(1, 2)
+        index = np.minimum(starts[:, None] + np.arange(1 + 4 * groups), (starts + length)[:, None])
+        if self.codec.folded:
+            latents = self._stored(episodes, starts, length)
+        else:  # a causal codec's latents depend on all frames since the start frame
+            latents = self._encode(self.clips.frames[episodes[:, None], index])
         newest = (starts - waiting) // 2  # group[i] ends at frame 2 i
         back = np.arange(self.groups)[::-1]
         history = np.where(
@@ -136,11 +133,9 @@ class ChunkSampler:
         commands = self.clips.actions[episodes[:, None], starts[:, None] + np.arange(length)]
         frames = None
         if self.config.action_frames != "none":
-            index = np.minimum(starts[:, None] + np.arange(1 + 4 * groups), (starts + length)[:, None])
-            drawn = torch.from_numpy(self.clips.drawn[episodes[:, None], index])
-            frames = (drawn.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
-        if self.config.action_frames == "pooled":
-            frames = self._encode(frames)
+            drawn = self.clips.drawn[episodes[:, None], index]
+            pooled = self.config.action_frames == "pooled"
+            frames = self._encode(drawn) if pooled else to_video(torch.from_numpy(drawn))
         return ChunkBatch(
             latents,
             torch.from_numpy(history).float().transpose(1, 2),
@@ -164,14 +159,21 @@ class ChunkSampler:
         return covered.unflatten(1, (-1, 4)).mean(dim=2)
 
     @torch.no_grad()
-    def _encode(self, video: Tensor) -> Tensor:
+    def _encode(self, frames: np.ndarray) -> Tensor:
+        """Latents (B, z, 1 + n, h, w) float32 on the CPU of frames (B, 1 + 4n, H, W, 3) uint8."""
         with torch.autocast(self.vae.device.type, enabled=False):
-            return self.vae.encode(video.to(self.vae.device)).cpu()
+            return self.codec.encode(torch.from_numpy(frames)).float().cpu()
 
-    def _partial_group(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """Latents of the last, incomplete group with its last frame repeated: after the clip, the scene holds still."""
-        index = np.minimum(starts[:, None] + 4 * (length // 4) + np.arange(1, 5), (starts + length)[:, None])
-        frames = torch.from_numpy(self.clips.frames[episodes[:, None], np.concatenate([index[:, :1], index], axis=1)])
-        return (
-            self._encode((frames.float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3))[:, :, 1:].transpose(1, 2).half().numpy()
-        )
+    def _stored(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+        """Latents (B, z, T, h, w) of clips; an incomplete last group repeats its last frame: the scene holds still."""
+        whole, groups = length // 4, -(-length // 4)
+        # group[i] codes frames 2 i - 3 ... 2 i, so the j-th group of the clip has 2 i = start + 4 (j + 1).
+        columns = starts[:, None] // 2 + 2 * np.arange(1, groups + 1)
+        parts = [self.latents.single[episodes, starts // 2][:, None]]
+        if whole:
+            parts.append(self.latents.group[episodes[:, None], columns[:, :whole]])
+        if whole < groups:
+            index = np.minimum(starts[:, None] + 4 * whole + np.array([1, 1, 2, 3, 4]), (starts + length)[:, None])
+            last = self._encode(self.clips.frames[episodes[:, None], index])[:, :, 1:]
+            parts.append(last.transpose(1, 2).half().numpy())
+        return torch.from_numpy(np.concatenate(parts, axis=1)).float().transpose(1, 2)

@@ -12,6 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,13 +22,14 @@ from tqdm import tqdm
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
 from ..data.opening import open_dataset
-from ..data.sequence import EpisodeSequence
+from ..data.sequence import EpisodeRange, EpisodeSequence
 from ..data.windows import EpisodeWindows
-from ..world_model.video_vae import FoldedVideoVAE
+from ..world_model.codec import VideoCodec, to_video
 
 logger = logging.getLogger(__name__)
 
 _ALWAYS = ("frames", "actions", "object_px", "effector_px")
+_PIXELS = 2**23  # that a codec encodes at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,8 @@ class ClipSource:
     have one length."""
     image_size: tuple[int, int] | None = None
     """Height and width that images are stretched to, multiples of 16; by default they stay as they are."""
+    episodes: tuple[int, int] | None = None
+    """First episode and the one after the last; by default all."""
 
     def open(self, root: str | Path) -> EpisodeSequence:
         """Return the clips of a data set of any format, as a lazy sequence of episodes.
@@ -77,7 +81,9 @@ class ClipSource:
         Raises:
             ValueError: the set cannot be opened, or no episode is long enough.
         """
-        episodes = open_dataset(root, card=self.card, camera=self.camera)
+        episodes: EpisodeSequence = open_dataset(root, card=self.card, camera=self.camera)
+        if self.episodes is not None:
+            episodes = EpisodeRange(episodes, *self.episodes)
         if self.clip_length is None and self.image_size is None:
             return episodes
         length = self.clip_length or min(len(episode) for episode in episodes)
@@ -115,6 +121,8 @@ def load_clips(
     first = episodes[0]
     if drawn_size and first.camera is None:
         raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
+    if drawn_size and first.eef_pose is None:
+        raise ValueError(f"{root}: {first.name} has no poses to draw actions at; train with action_frames='none'")
     content = fingerprint(root, source)
     stamp = {"layout": 4, "content": content, "n": num_effectors, "drawn_size": list(drawn_size or ())}
     index = cache / "clips.json"
@@ -172,13 +180,13 @@ def _decode(episodes: EpisodeSequence, cache: Path, num_effectors: int, drawn_si
         for k, label in enumerate(("block_px", "distractor_px")):
             object_px[i, :, k] = episode.labels.get(label, np.nan)
         effector_px[i] = np.nan
-        if episode.camera is not None:
+        if episode.camera is not None and episode.eef_pose is not None:
             poses = integrate_poses(episode.eef_pose[0], commands, episode.action_spec)
             path = np.concatenate([episode.eef_pose[:1], poses])
             effector_px[i, :, : path.shape[1]] = project(path[..., :3, 3], episode.camera)
         if drawn is not None:
-            if episode.camera is None:
-                raise ValueError(f"episode {episode.name}: no camera, but the first episode has one")
+            if episode.camera is None or episode.eef_pose is None:
+                raise ValueError(f"episode {episode.name}: no camera or no poses, but the first episode has both")
             openness = np.concatenate([episode.gripper[:1], commands[..., 6]])
             for t, image in enumerate(render_action_frames(path, openness, episode.camera)):
                 drawn[i, t] = cv2.resize(image, drawn_size[::-1], interpolation=cv2.INTER_AREA)
@@ -201,14 +209,21 @@ class LatentArrays:
 
 
 @torch.no_grad()
-def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batch: int = 16) -> LatentArrays:
-    """Encode all clips into ``cache`` (resumes after an interruption) and open the result."""
-    cache = Path(cache)
+def encode_clips(vae: Any, clips: ClipArrays, cache: str | Path, batch: int = 16) -> LatentArrays:
+    """Encode all clips into ``cache`` (resumes after an interruption) and open the result.
+
+    Args:
+        vae: a codec that :class:`VideoCodec` takes. A causal one sees the frame before a group, too, and no others.
+        clips: decoded clips.
+        cache: folder of the result.
+        batch: clips between two writes.
+    """
+    cache, codec = Path(cache), VideoCodec(vae)
     cache.mkdir(parents=True, exist_ok=True)
-    count, length = clips.frames.shape[:2]
+    count, length, height, width, _ = clips.frames.shape
     grid = list(range(0, length, 2))
-    probe = vae.encode(torch.zeros(1, 3, 1, *clips.frames.shape[2:4], device=vae.device))
-    shape = (count, len(grid), probe.shape[1], *probe.shape[3:])
+    stride = VideoCodec.spatial_stride
+    shape = (count, len(grid), codec.latent_channels, height // stride, width // stride)
     done_file = cache / "latents_done.json"
     weights = hashlib.sha256()
     for parameter in vae.parameters():
@@ -221,17 +236,20 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
         name: np.lib.format.open_memmap(cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=shape)
         for name in ("single", "group")
     }
-    singles = np.repeat(np.asarray(grid)[:, None], 4, axis=1)
     groups = np.maximum(np.asarray(grid)[:, None] + np.arange(-3, 1), 0)
+    if codec.folded:
+        windows = {"single": np.repeat(np.asarray(grid)[:, None], 4, axis=1), "group": groups}
+    else:
+        windows = {
+            "single": np.asarray(grid)[:, None],
+            "group": np.concatenate([np.maximum(groups[:, :1] - 1, 0), groups], axis=1),
+        }
     for start in tqdm(range(done, count, batch), desc="encoding", mininterval=5.0):
         block = torch.from_numpy(clips.frames[start : start + batch].copy())
-        for name, index in (("single", singles), ("group", groups)):
-            picked = (block[:, index].flatten(0, 1).to(vae.device).float() / 127.5 - 1.0).permute(0, 4, 1, 2, 3)
-            # Latents are stored in half precision anyway; bf16 convolutions are twice as fast.
-            with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-                mean, _ = vae.encode_groups(picked)
-            latents = vae.normalise(mean.float()).unflatten(0, (len(block), len(grid)))
-            arrays[name][start : start + batch] = latents.to(torch.float16).cpu().numpy()
+        for name, index in windows.items():
+            parts = block[:, index].flatten(0, 1).split(max(1, _PIXELS // (index.shape[1] * height * width)))
+            latents = torch.cat([_encode_windows(codec, part) for part in parts]).unflatten(0, (len(block), -1))
+            arrays[name][start : start + batch] = latents.numpy()
         if (start // batch) % 20 == 0 or start + batch >= count:
             for array in arrays.values():
                 array.flush()
@@ -239,3 +257,15 @@ def encode_clips(vae: FoldedVideoVAE, clips: ClipArrays, cache: str | Path, batc
             temporary.write_text(json.dumps({**stamp, "done": min(start + batch, count)}))
             temporary.replace(done_file)
     return LatentArrays(**arrays)
+
+
+def _encode_windows(codec: VideoCodec, frames: torch.Tensor) -> torch.Tensor:
+    """Newest latent frame (B, z, h, w) float16 of windows (B, 4, H, W, 3) uint8; of 1 or 5 frames if it is causal."""
+    # Latents are stored in half precision anyway; bf16 convolutions are twice as fast.
+    with torch.autocast(codec.vae.device.type, dtype=torch.bfloat16):
+        if codec.folded:
+            mean, _ = codec.vae.encode_groups(to_video(frames.to(codec.vae.device)))
+            latents = codec.vae.normalise(mean.float())
+        else:
+            latents = codec.encode(frames)[:, :, -1]
+    return latents.to(torch.float16).cpu()

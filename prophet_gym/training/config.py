@@ -15,36 +15,12 @@ from .clips import ClipSource
 from .loop import LoopConfig
 
 
-@dataclass(frozen=True)
-class WorldModelConfig:
-    """Configuration of a world-model run."""
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is drawn how often and weighs how much; what sampler, imagined starts and loss read."""
 
-    data: Path
-    """Training episodes: a folder of them, or a data set of another format."""
-    vae: Path
-    """Folder of the trained codec."""
-    run: Path = Path("runs/world-model")
-    """Run folder; the checkpoint ends in RUN/prophet."""
-    cache: Path = Path("runs/cache")
-    """Folder of decoded clips and latents."""
-    init: Path | None = None
-    """Checkpoint whose denoiser the run starts from (same architecture); by default fresh weights."""
-    source: ClipSource = field(default_factory=ClipSource)
-    """How the data become clips of one length and size."""
-    validation: Path | None = None
-    """Folder of held-out episodes for evaluation during training."""
-    name: str = "tiny"
-    """Name of the checkpoint."""
-    trained_on: str = ""
-    """One sentence on the data; default: the folder's name and size."""
     action_frames: str = "spatial"
     """"none" (scalar stream alone), "pooled" (Eqs 10 and 11) or "spatial"."""
-    num_attention_heads: int = 4
-    """Attention heads of 64 channels."""
-    num_layers: int = 6
-    """Transformer blocks."""
-    adaln_lora_dim: int = 48
-    """Rank of the AdaLN-LoRA."""
     full_length: float = 0.7
     """Share of steps with full chunks; the others draw a length uniformly from 1 to the chunk length."""
     eventful: float = 0.5
@@ -68,8 +44,6 @@ class WorldModelConfig:
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Optimisation."""
-    resume: bool = False
-    """Continue an interrupted run."""
 
     def __post_init__(self) -> None:
         if self.action_frames not in ("none", "pooled", "spatial"):
@@ -77,3 +51,35 @@ class WorldModelConfig:
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class WorldModelConfig(ObjectiveConfig):
+    """Configuration of a world-model run."""
+
+    data: Path
+    """Training episodes: a folder of them, or a data set of another format."""
+    vae: Path
+    """Folder of the trained codec."""
+    run: Path = Path("runs/world-model")
+    """Run folder; the checkpoint ends in RUN/prophet."""
+    cache: Path = Path("runs/cache")
+    """Folder of decoded clips and latents."""
+    init: Path | None = None
+    """Checkpoint whose denoiser the run starts from (same architecture); by default fresh weights."""
+    source: ClipSource = field(default_factory=ClipSource)
+    """How the data become clips of one length and size."""
+    validation: Path | None = None
+    """Folder of held-out episodes for evaluation during training."""
+    name: str = "tiny"
+    """Name of the checkpoint."""
+    trained_on: str = ""
+    """One sentence on the data; default: the folder's name and size."""
+    num_attention_heads: int = 4
+    """Attention heads of 64 channels."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    adaln_lora_dim: int = 48
+    """Rank of the AdaLN-LoRA."""
+    resume: bool = False
+    """Continue an interrupted run."""

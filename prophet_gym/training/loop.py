@@ -142,9 +142,12 @@ def train_loop(
     accelerator: Accelerator,
     resume: bool = False,
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Train ``model`` and return it with its averaged (EMA) weights.
+
+    Parameters that require no gradient stay as they are; they are neither averaged nor stored in checkpoints.
 
     Args:
         model: the network.
@@ -154,6 +157,7 @@ def train_loop(
         accelerator: devices, mixed precision, gradient scaling.
         resume: continue from ``checkpoints/last.pt``.
         evaluate: called with the averaged model and the step; its numbers are logged.
+        stop: asked after each evaluation but the last; True ends the run there.
         progress: show a bar with the remaining time.
 
     Raises:
@@ -166,11 +170,13 @@ def train_loop(
     path = run / "checkpoints" / "last.pt"
     optimizers = build_optimizers(model, config)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
     start = 0
     if resume and path.exists():
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        model.load_state_dict(saved["model"])
+        _load_trained(model, saved["model"], frozen, path)
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -182,12 +188,11 @@ def train_loop(
     def save(step: int) -> None:
         if accelerator.is_main_process:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            atomic_save(
-                {"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states}, path
-            )
+            tensors = {name: value for name, value in model.state_dict().items() if name not in frozen}
+            atomic_save({"step": step, "model": tensors, "ema": ema.state_dict(), "optimizers": states}, path)
 
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress, mininterval=5.0)
-    clock, seen = time.monotonic(), start
+    clock, seen, evaluated = time.monotonic(), start, False
     for step in bar:
         factor = config.learning_rate_factor(step)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -199,11 +204,11 @@ def train_loop(
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss {loss.item()} at step {step}; the last checkpoint is {path}")
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = accelerator.clip_grad_norm_(trained, config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
+        ema.step(trained)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             now = time.monotonic()
@@ -221,18 +226,29 @@ def train_loop(
         if done % config.save_every == 0 or done == config.steps:
             save(done)
         if evaluate is not None and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
+            ema.store(trained)
+            ema.copy_to(trained)
             model.eval()
             _log(run, accelerator, {"step": done, **evaluate(model, done)})
-            ema.restore(model.parameters())
+            ema.restore(trained)
             clock, seen = time.monotonic(), done
+            if stop is not None and stop():
+                evaluated = True
+                break
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    ema.copy_to(model.parameters())
+    ema.copy_to(trained)
     model.eval()
-    if evaluate is not None:
+    if evaluate is not None and not evaluated:
         _log(run, accelerator, {"step": config.steps, **evaluate(model, config.steps)})
     return model
+
+
+def _load_trained(model: nn.Module, tensors: dict[str, Tensor], frozen: set[str], path: Path) -> None:
+    """Load a checkpoint that lacks what is frozen; runs of earlier versions hold that, too."""
+    report = model.load_state_dict(tensors, strict=False)
+    missing = sorted(set(report.missing_keys) - frozen)
+    if missing or report.unexpected_keys:
+        raise ValueError(f"{path}: missing {missing}, unknown {report.unexpected_keys}; resume with the same settings")
 
 
 def _log(run: Path, accelerator: Accelerator, line: dict[str, float]) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..world_model.transformer import ProphetTransformer
 from .chunks import ChunkBatch
-from .config import WorldModelConfig
+from .config import ObjectiveConfig
 
 
 def velocity_loss(
     model: Callable[..., Tensor],
     transformer: ProphetTransformer,
     batch: ChunkBatch,
-    config: WorldModelConfig,
+    config: ObjectiveConfig,
     step: int,
 ) -> tuple[Tensor, dict[str, float]]:
     """Rectified-flow loss ||v - (eps - z_0)||^2 over all latent frames but the first.

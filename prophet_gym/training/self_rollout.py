@@ -8,6 +8,7 @@ target stays the recorded video.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 from ..world_model.codec import VideoCodec
 from ..world_model.sampler import flow_schedule, integrate
 from ..world_model.transformer import ProphetTransformer
-from ..world_model.video_vae import FoldedVideoVAE
 from .chunks import ChunkBatch, ChunkSampler
-from .config import WorldModelConfig
+from .config import ObjectiveConfig
 
 
 class SelfRollout:
@@ -32,7 +32,7 @@ class SelfRollout:
     """
 
     def __init__(
-        self, sampler: ChunkSampler, transformer: ProphetTransformer, vae: FoldedVideoVAE, config: WorldModelConfig
+        self, sampler: ChunkSampler, transformer: ProphetTransformer, vae: Any, config: ObjectiveConfig
     ) -> None:
         self.sampler, self.transformer, self.codec, self.config = sampler, transformer, VideoCodec(vae), config
 

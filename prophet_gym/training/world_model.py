@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from ..world_model.transformer import ProphetTransformer
 from ..world_model.video_vae import FoldedVideoVAE
 from .chunks import ChunkSampler
 from .clips import encode_clips, load_clips
-from .config import WorldModelConfig
+from .config import ObjectiveConfig, WorldModelConfig
 from .loop import prepare_run, train_loop
 from .objective import velocity_loss
 from .self_rollout import SelfRollout
@@ -30,13 +31,17 @@ def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWor
 
     def evaluate(world: ProphetWorldModel, step: int) -> dict[str, float]:
         out = Path(config.run) / "pictures" / f"step_{step:06d}"
-        report = evaluate_world_model(world, episodes, steps, batch_size=count, out=out)
-        tables = report["groups"]["all"]["horizons"][str(steps)]
-        names = ("psnr", "epe_mean", "cos_mean", "block_within", "block_lost")
-        numbers = {f"validation_{name}": tables["predictors"]["model"][name]["value"] for name in names}
-        return {**numbers, **{name: figure["value"] for name, figure in tables["against"].items()}}
+        return validation_numbers(evaluate_world_model(world, episodes, steps, batch_size=count, out=out))
 
     return evaluate
+
+
+def validation_numbers(report: dict[str, Any]) -> dict[str, float]:
+    """Figures for the log of a report of :func:`evaluate_world_model`, over all its episodes and frames."""
+    tables = report["groups"]["all"]["horizons"][str(report["protocol"]["steps"])]
+    names = ("psnr", "epe_mean", "cos_mean", "block_within", "block_lost")
+    numbers = {f"validation_{name}": tables["predictors"]["model"][name]["value"] for name in names}
+    return {**numbers, **{name: figure["value"] for name, figure in tables["against"].items()}}
 
 
 def train_world_model(
@@ -61,7 +66,10 @@ def train_world_model(
     vae = load_network(FoldedVideoVAE, Path(config.vae), torch.float32).eval().to(accelerator.device)
     vae.requires_grad_(False)
     clips = load_clips(
-        config.data, cache / f"train-{config.action_frames}", source=config.source, drawn_size=_drawn_size(config)
+        config.data,
+        cache / f"train-{config.action_frames}",
+        source=config.source,
+        drawn_size=drawn_size(config.action_frames, config.source.open(config.data)[0].frames.shape[1:3]),
     )
     latents = encode_clips(vae, clips, cache / f"latents-{Path(config.vae).parent.name}")
     torch.manual_seed(config.loop.seed)
@@ -87,12 +95,7 @@ def train_world_model(
     )
     sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=prophet_config.history_frames, vae=vae)
     accelerator.init_trackers("tensorboard")
-
-    self_rollout = SelfRollout(sampler, transformer, vae, config)
-
-    def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = (self_rollout if self_rollout.due(step) else sampler)(step, config.loop.batch_size)
-        return velocity_loss(model, transformer, batch, config, step)
+    loss_fn = chunk_loss(sampler, transformer, config)
 
     def evaluate_step(model: ProphetTransformer, step: int) -> dict[str, float]:
         world = ProphetWorldModel(model, vae, prophet_config)
@@ -104,6 +107,19 @@ def train_world_model(
     accelerator.end_training()
     ProphetWorldModel(transformer.half(), vae.half(), prophet_config).save_pretrained(run / "prophet")
     return ProphetWorldModel.from_pretrained(run / "prophet")
+
+
+def chunk_loss(
+    sampler: ChunkSampler, transformer: ProphetTransformer, config: ObjectiveConfig
+) -> Callable[[Callable[..., Tensor], int], tuple[Tensor, dict[str, float]]]:
+    """The loss of a step, as :func:`train_loop` takes it, on recorded chunks and on those that follow imagined ones."""
+    self_rollout = SelfRollout(sampler, transformer, sampler.vae, config)
+
+    def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = (self_rollout if self_rollout.due(step) else sampler)(step, config.loop.batch_size)
+        return velocity_loss(model, transformer, batch, config, step)
+
+    return loss_fn
 
 
 def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
@@ -123,12 +139,11 @@ def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: its denoiser has another architecture than this run ({error})") from error
 
 
-def _drawn_size(config: WorldModelConfig) -> tuple[int, int] | None:
+def drawn_size(
+    action_frames: str, image_size: tuple[int, int], cells: int = ProphetTransformer.default_cells
+) -> tuple[int, int] | None:
     """Size of the stored action frames: full for the codec, that of the cells where they are averaged anyway."""
-    if config.action_frames == "none":
+    if action_frames == "none":
         return None
-    height, width = config.source.open(config.data)[0].frames.shape[1:3]
-    if config.action_frames == "pooled":
-        return height, width
-    cells = ProphetTransformer.default_cells
-    return height // 8 * cells, width // 8 * cells
+    height, width = image_size
+    return (height, width) if action_frames == "pooled" else (height // 8 * cells, width // 8 * cells)

@@ -11,26 +11,26 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import Positional, subcommand
 
-from .atomic import atomic_text
-from .data.episode import Episode
-from .data.opening import open_dataset
-from .errors import MissingExtraError
-from .judges.calibration import evaluate_verdicts, format_calibration, judge_rollouts
-from .judges.disagreement import compare_verdicts, format_disagreement
-from .judges.human_labels import LABELS, known_labels, merge_labels, read_labels
-from .judges.label_page import write_label_page
-from .judges.label_terminal import label_in_terminal
-from .judges.opening import open_judge
-from .judges.operating_point import Objective, calibrate_judge
-from .judges.operating_report import apply_threshold, calibration_files, format_operating_point
-from .judges.reliability import draw_calibration
-from .judges.rollouts import LabelledRollout, labelled_rollouts
-from .registration import ASSETS, WORLDS, resolve_checkpoint
-from .strict_json import to_json
-from .training.imagine import imagine
-from .training.judge import JudgeTrainingConfig, train_judge
-from .training.vlm_judge import VLMTrainingConfig, train_vlm_judge
-from .world_model.prophet import ProphetWorldModel
+from ..atomic import atomic_text
+from ..data.episode import Episode
+from ..data.opening import open_dataset
+from ..errors import MissingExtraError
+from ..judges.calibration import evaluate_verdicts, format_calibration, judge_rollouts
+from ..judges.disagreement import compare_verdicts, format_disagreement
+from ..judges.human_labels import LABELS, known_labels, merge_labels, read_labels
+from ..judges.label_page import write_label_page
+from ..judges.label_terminal import label_in_terminal
+from ..judges.opening import open_judge
+from ..judges.operating_point import Objective, calibrate_judge
+from ..judges.operating_report import apply_threshold, calibration_files, format_operating_point
+from ..judges.reliability import draw_calibration
+from ..judges.rollouts import LabelledRollout, labelled_rollouts
+from ..registration import ASSETS, WORLDS, resolve_checkpoint
+from ..strict_json import to_json
+from ..training.imagine import imagine
+from ..training.judge import JudgeTrainingConfig, train_judge
+from ..training.vlm_judge import VLMTrainingConfig, train_vlm_judge
+from ..world_model.prophet import ProphetWorldModel
 
 __all__ = ["judge"]
 

@@ -1,0 +1,1 @@
+"""Groups of subcommands of ``prophet``; :mod:`prophet_gym.cli` lists them."""
