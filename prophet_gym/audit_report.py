@@ -72,7 +72,7 @@ def write_audit_page(
         f"<tr><td>{escape(axis)}</td><td>{v['slope']:.3f}</td><td>{v['correlation']:.2f}</td></tr>"
         for axis, v in measured.items()
     )
-    pictures = []
+    pictures: list[tuple[str, np.ndarray]] = []
     for i in range(len(episodes)):
         if len(pictures) == strips:
             break
