@@ -116,7 +116,8 @@ def _charts(report: AuditReport) -> str:
     }
     reach = max((float(np.abs(arrow).max()) for arrow in arrows.values()), default=0.0) or 1.0
     for k, (axis, arrow) in enumerate(arrows.items()):
-        right.annotate("", tuple(arrow / reach), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{k % 10}", "lw": 2})
+        style = {"arrowstyle": "->", "color": f"C{k % 10}", "lw": 2}
+        right.annotate("", tuple(arrow / reach), (0, 0), arrowprops=style)
         right.plot([], [], color=f"C{k % 10}", label=axis)
     right.set(xlim=(-1.1, 1.1), ylim=(1.1, -1.1), xticks=[], yticks=[], aspect="equal")
     if arrows:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the packaged imitation policy of Tabletop again, after make_tabletop.sh. Six minutes on two CPU cores; an
-# interrupted run goes on.
+# Makes the packaged policies of Tabletop again, after make_tabletop.sh: imitation, six minutes on two CPU cores, and
+# reinforcement inside the world, ten. Interrupted runs go on.
 set -euo pipefail
 prophrl=${PROPHRL:-.venv/bin/prophrl}
 runs=${RUNS:-runs/tabletop}
@@ -13,3 +13,8 @@ P.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.float16)
 [ -e "$runs/sft/policy/config.json" ] || "$prophrl" sft tabletop --data "$runs/data/train" --run "$runs/sft" --steps 2050 \
   --mixed-precision bf16 --eval-every 0 $(resume "$runs/sft")
 export_half "$runs/sft/policy" "$runs/policies/tabletop-sft"
+
+"$(dirname "$prophrl")/python" benchmarks/reinforcement.py --policy "$runs/policies/tabletop-sft" --out "$runs/learned" \
+  --arms flowscale --envs Prophet-Tabletop-v0 --seeds 0 --updates 24 --governor-every 6 \
+  --checkpoint "$runs/refreshed/prophet" --judge "$runs/refreshed/prophet/judge"
+export_half "$runs/learned/flowscale-Prophet-Tabletop-v0-1024-0/policy" "$runs/policies/tabletop-reinforced"
