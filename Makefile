@@ -37,7 +37,7 @@ demo: $(INSTALLED)  ## reinforce a policy inside Prophet, measure it in the simu
 
 test: $(INSTALLED)  ## the default test suite (CPU, offline, under five minutes on two cores)
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(INSTALLED)  ## rollout speed, cost against horizon, ratio to the naive pipeline
 	@$(BIN)/python benchmarks/rollout.py
