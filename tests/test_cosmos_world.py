@@ -15,11 +15,13 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from small_cosmos import OPTIONS, WEIGHTS, first_image, write_checkpoints
 
-import prophet_gym  # noqa: F401 (registers the worlds)
+import prophet_gym
 from prophet_gym.actions import ACTION_SPECS
 from prophet_gym.cli import main
 from prophet_gym.world_model import ProphetWorldModel, world_from_cosmos
 from prophet_gym.world_model.lora import add_lora
+
+gym.register_envs(prophet_gym)
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def calibrate(what: JudgeCalibration) -> None:
     objective = Objective(what.objective, what.beta, what.target, what.lower_bound)
     measured = open_judge(path)
     rollouts = [rollout for part in _rollouts(what).values() for rollout in part]
-    report = calibrate_judge(measured, rollouts, objective, select=what.select, seed=what.seed)  # type: ignore[arg-type]
+    report = calibrate_judge(measured, rollouts, objective, select=what.select, seed=what.seed)
     # Names, not paths: the file travels with the judge.
     report["data"] = {
         "name": what.data.resolve().name,

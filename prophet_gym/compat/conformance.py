@@ -10,6 +10,7 @@ A rule whose occasion did not arise, for example stepping on after success, is r
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Rule:
     holds: bool | None
 
 
-class _Probe:
+class _Probe(ABC):
     """How the rules talk to one interface: metres, rotation vector and open ratio in; image and hand out."""
 
     images: tuple[int, ...] | None = None
@@ -58,25 +59,25 @@ class _Probe:
     def __init__(self, env: Any) -> None:
         self.env = env
 
+    @abstractmethod
     def reset(self, seed: int) -> Any:
         """Starts and returns the observation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, motion: np.ndarray, open_ratio: float) -> tuple[Any, bool, bool]:
         """Commands a motion (6,) and an opening; returns the observation, success, and whether the time is up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image(self, observation: Any) -> np.ndarray:
         """Returns the image (H, W, 3) as the interface shows it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hand(self, observation: Any) -> tuple[np.ndarray, np.ndarray, float] | None:
         """Returns position (3,), quaternion (4,), opening; None where the observation does not tell."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_rules(self) -> Iterator[tuple[str, str, str, bool | None]]:
         """Yields the rules that only this interface has, after a reset and a step."""
-        raise NotImplementedError
 
 
 def conformance(env: Any, interface: str, *, horizon: int | None = None, seed: int = 0) -> list[Rule]:

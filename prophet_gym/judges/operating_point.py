@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,18 +20,9 @@ from prophet_gym.judges.reliability import expected_calibration_error, reliabili
 from prophet_gym.judges.rollouts import LabelledRollout
 from prophet_gym.judges.vlm import VLMJudge
 
-__all__ = ["Objective", "ThresholdJudge", "calibrate_judge", "choose_threshold", "pick_threshold", "point_figures"]
+__all__ = ["Objective", "calibrate_judge", "choose_threshold", "pick_threshold", "point_figures"]
 
 GRID = tuple(round(0.05 * step, 2) for step in range(1, 20))
-
-
-class ThresholdJudge(Judge, Protocol):
-    """A judge that decides by a threshold on its score: :class:`ClassifierJudge`, :class:`VLMJudge`."""
-
-    @property
-    def rule(self) -> DecisionRule:
-        """How its scores become verdicts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def point_figures(scores: np.ndarray, labels: np.ndarray, rule: DecisionRule, *,
 
 
 def calibrate_judge(
-    judge: ThresholdJudge,
+    judge: Judge,
     rollouts: Sequence[LabelledRollout],
     objective: Objective | None = None,
     *,
@@ -160,7 +151,7 @@ def calibrate_judge(
     """Measures a judge on labelled rollouts and chooses its threshold there.
 
     Args:
-        judge: asked once about every rollout; it is not changed.
+        judge: a :class:`ClassifierJudge` or :class:`VLMJudge`; asked once about every rollout, not changed.
         rollouts: real, imagined or both.
         objective: what the threshold is chosen for.
         select: the rollouts that choose it; figures are given for every source.
