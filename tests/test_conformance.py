@@ -109,6 +109,10 @@ FAULTS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "a hand that stands still": (
         "simpler", {"out": observed(*TCP, change=lambda p: p * [0, 0, 0, 1, 1, 1, 1])}, {"+x", "-z"}
     ),
+    "a hand that does a tenth of it": (
+        "simpler", {"out": observed(*TCP, change=lambda p: p * [0.1, 0.1, 0.1, 1, 1, 1, 1])},
+        {f"{sign}{axis}" for sign in "+-" for axis in "xyz"},
+    ),
     "quaternion x y z w": (
         "simpler",
         {"out": observed(*TCP, change=lambda p: np.concatenate([p[:3], np.roll(p[3:], -1)]))},
