@@ -15,6 +15,7 @@ from .audit import audit as audit_episodes
 from .audit import format_audit
 from .audit_report import write_audit_page
 from .command_line import run_commands
+from .commands.data import convert
 from .commands.judge import judge
 from .commands.robot import adapt, calibrate, push
 from .data.folder import EpisodeFolder
@@ -280,6 +281,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "info": info,
     "record": record,
     "snapshots": snapshots,
+    "convert": convert,
     "audit": audit,
     "calibrate": calibrate,
     "adapt": adapt,

@@ -60,6 +60,7 @@ class World:
         horizon: commands after which a rollout is truncated, by default.
         chunk_length: commands of one action chunk by default; None is the model's maximum.
         packaged: folder in ``assets/`` with the weights that come with the package; None if there are none.
+        image_size: (H, W) of the frames shown with the packaged weights, which work smaller; None is the weights' own.
     """
 
     id: str
@@ -67,18 +68,19 @@ class World:
     horizon: int
     chunk_length: int | None = None
     packaged: str | None = None
+    image_size: tuple[int, int] | None = None
 
 
 WORLDS: dict[str, World] = {
     world.id: world
     for world in (
         World("Prophet-Tabletop-v0", "tabletop", horizon=40, chunk_length=8, packaged="tabletop"),
-        World("Prophet-Bridge-v0", "bridge", horizon=60),
+        World("Prophet-Bridge-v0", "bridge", horizon=60, packaged="bridge", image_size=(256, 256)),
         World("Prophet-LiberoSpatial-v0", "libero", horizon=280),
         World("Prophet-LiberoObject-v0", "libero", horizon=280),
         World("Prophet-LiberoGoal-v0", "libero", horizon=300),
         World("Prophet-Libero10-v0", "libero", horizon=520),
-        World("Prophet-Droid-v0", "droid", horizon=300),
+        World("Prophet-Droid-v0", "droid", horizon=300, packaged="droid", image_size=(192, 320)),
         World("Prophet-AgiBot-v0", "agibot", horizon=600),
         World("Prophet-Custom-v0", None, horizon=100),
     )
@@ -132,6 +134,7 @@ def make_world(
     num_inference_steps: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    image_size: tuple[int, int] | None = None,
     interface: str = "chunk",
     action_buffer: str | None = None,
     render_mode: str | None = None,
@@ -152,6 +155,8 @@ def make_world(
         num_inference_steps: denoising steps; default the checkpoint's.
         device: of the networks, as in torch.
         dtype: "float32", "bfloat16" or "float16".
+        image_size: (H, W) of the frames shown, to which those of the model are stretched; default the checkpoint's own,
+            and with packaged weights that of the world.
         interface: "chunk" (:class:`prophet_gym.ProphetEnv`), "flat" (:mod:`prophet_gym.compat.flat`), or a key of
             :data:`SINGLE_COMMAND`: one command a step, as another project's environments take them.
         action_buffer: with an interface of single commands, "immediate" (default: the world runs for every command)
@@ -178,12 +183,13 @@ def make_world(
             num_inference_steps=num_inference_steps,
             device=device,
             dtype=dtype,
+            image_size=image_size,
             render_mode=render_mode,
             autoreset_mode="Disabled",
         )
         return _present(interface, engine, action_buffer)
     world = find_world(env_id)
-    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
+    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype, image_size)
     env = ProphetEnv(
         world_model,
         horizon=world.horizon if horizon is None else horizon,
@@ -209,6 +215,7 @@ def make_vector_world(
     num_inference_steps: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    image_size: tuple[int, int] | None = None,
     interface: str = "chunk",
     action_buffer: str | None = None,
     render_mode: str | None = None,
@@ -224,7 +231,7 @@ def make_vector_world(
 
     _require_interface(interface, action_buffer, batch=True)
     world = find_world(env_id)
-    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype)
+    world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype, image_size)
     env = ProphetVectorEnv(
         world_model,
         num_envs,
@@ -318,7 +325,13 @@ def make_vector_simulator(
 
 
 def _load(
-    world: World, checkpoint: str | Path | None, snapshots: Any, judge: Any, device: str, dtype: str
+    world: World,
+    checkpoint: str | Path | None,
+    snapshots: Any,
+    judge: Any,
+    device: str,
+    dtype: str,
+    image_size: tuple[int, int] | None,
 ) -> tuple[WorldModel, dict[str, Any]]:
     """Returns the world model, and its snapshots and judge as keyword arguments."""
     import torch
@@ -326,6 +339,7 @@ def _load(
     from .judges.opening import open_judge
     from .snapshot import SnapshotSet
     from .world_model.prophet import ProphetWorldModel
+    from .world_model.resized import ResizedWorldModel, resized_snapshot
 
     dtypes = ("float32", "bfloat16", "float16")
     if dtype not in dtypes:
@@ -335,11 +349,16 @@ def _load(
         snapshots = folder / "snapshots"
     if judge is None and (folder / "judge").is_dir():
         judge = folder / "judge"
-    world_model = ProphetWorldModel.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
+    world_model: WorldModel = ProphetWorldModel.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
     _require_conventions(world, world_model)
+    size = world.image_size if image_size is None and checkpoint is None else image_size
+    if size is not None and tuple(size) != tuple(world_model.image_size):
+        world_model = ResizedWorldModel(world_model, size)
     logger.info("%s runs %s", world.id, world_model.checkpoint_info)
+    if isinstance(snapshots, str | Path):
+        snapshots = SnapshotSet(resized_snapshot(s, world_model.image_size) for s in SnapshotSet.load(snapshots))
     return world_model, {
-        "snapshots": SnapshotSet.load(snapshots) if isinstance(snapshots, str | Path) else snapshots,
+        "snapshots": snapshots,
         "judge": open_judge(judge) if isinstance(judge, str | Path) else judge,
     }
 

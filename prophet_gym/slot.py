@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .judges.base import Verdict
-from .world_model.state import RolloutState
+from .world_model.state import RolloutState, WorldModel
 
 __all__ = ["Slot", "load_slots", "save_slots"]
 
@@ -124,7 +124,7 @@ def save_slots(rollout: RolloutState, slots: Sequence[Slot]) -> dict[str, Any]:
 
 
 def load_slots(
-    state: dict[str, Any], like: RolloutState, count: int, device: torch.device | str
+    state: dict[str, Any], like: RolloutState, count: int, world_model: WorldModel
 ) -> tuple[RolloutState, list[Slot]]:
     """Rebuilds what :func:`save_slots` was given.
 
@@ -132,7 +132,7 @@ def load_slots(
         state: its result.
         like: any rollout of the world model that is to go on; the saved one must have its fields, shapes and dtypes.
         count: number of slots that are expected.
-        device: where the history goes.
+        world_model: that is to go on; it says how large frames are and where the history goes.
 
     Raises:
         ValueError: another version or number of slots, tensors unlike those of ``like``, or a malformed slot.
@@ -157,9 +157,10 @@ def load_slots(
     slots = []
     for i, values in enumerate(saved):
         try:
-            slots.append(Slot.from_state(values, (like.frames.shape[1], like.frames.shape[2])))
+            slots.append(Slot.from_state(values, world_model.image_size))
         except ValueError as error:
             raise ValueError(f"Slot {i} of the state is malformed: {error}") from error
+    device = getattr(world_model, "device", "cpu")
     return RolloutState.from_state_dict({name: value.cpu() for name, value in tensors.items()}, device), slots
 
 

@@ -204,7 +204,7 @@ class ProphetVectorEnv(VectorEnv):
         """
         chosen = self._chosen(mask)
         like = self._blank_rollout() if self._rollout is None else self._rollout
-        rollout, slots = load_slots(state, like, len(chosen), getattr(self.world_model, "device", "cpu"))
+        rollout, slots = load_slots(state, like, len(chosen), self.world_model)
         self._place(chosen, rollout)
         for i, slot in zip(chosen, slots, strict=True):
             self.slots[i] = slot
@@ -325,8 +325,8 @@ class ProphetVectorEnv(VectorEnv):
 
     def _observation(self) -> dict[str, np.ndarray]:
         rollout, n = self._started(), self.world_model.action_spec.num_effectors
-        frames, poses, gripper = (x.cpu().numpy() for x in (rollout.frames, rollout.poses, rollout.gripper))
-        return make_observation(frames, poses[:, :n], gripper[:, :n])
+        poses, gripper = rollout.poses.cpu().numpy(), rollout.gripper.cpu().numpy()
+        return make_observation(np.stack([slot.frames[-1][-1] for slot in self.slots]), poses[:, :n], gripper[:, :n])
 
     def _info(
         self, reported: np.ndarray, chunk: np.ndarray | None = None, with_frames: np.ndarray | None = None

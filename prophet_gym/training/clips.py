@@ -103,6 +103,7 @@ def load_clips(
     source: ClipSource = ClipSource(),
     num_effectors: int = 1,
     drawn_size: tuple[int, int] | None = None,
+    one_robot: bool = True,
 ) -> ClipArrays:
     """Decode the episodes of ``root`` into ``cache`` (once) and open them.
 
@@ -113,6 +114,7 @@ def load_clips(
         num_effectors: N that commands are padded to.
         drawn_size: height and width of the stored action frames in pixels, an area average of the drawn ones; None
             draws none.
+        one_robot: expect the action conventions of the first episode of all; a codec has no use for actions.
 
     Raises:
         ValueError: no episodes, episodes of different lengths, sizes or conventions, or a camera is missing.
@@ -129,7 +131,7 @@ def load_clips(
     if not (index.is_file() and json.loads(index.read_text()) == stamp):
         cache.mkdir(parents=True, exist_ok=True)
         index.unlink(missing_ok=True)
-        _decode(episodes, cache, num_effectors, drawn_size)
+        _decode(episodes, cache, num_effectors, drawn_size, one_robot)
         temporary = index.with_suffix(".tmp")
         temporary.write_text(json.dumps(stamp))
         os.replace(temporary, index)
@@ -153,7 +155,9 @@ def fingerprint(root: str | Path, source: ClipSource = ClipSource()) -> str:
     return digest.hexdigest()
 
 
-def _decode(episodes: EpisodeSequence, cache: Path, num_effectors: int, drawn_size: tuple[int, int] | None) -> None:
+def _decode(
+    episodes: EpisodeSequence, cache: Path, num_effectors: int, drawn_size: tuple[int, int] | None, one_robot: bool
+) -> None:
     first = episodes[0]
     count, (length, height, width, _) = len(episodes), first.frames.shape
 
@@ -169,7 +173,8 @@ def _decode(episodes: EpisodeSequence, cache: Path, num_effectors: int, drawn_si
 
     def one(i: int) -> None:
         episode = episodes[i]
-        if episode.frames.shape != (length, height, width, 3) or episode.action_spec != first.action_spec:
+        foreign = one_robot and episode.action_spec != first.action_spec
+        if foreign or episode.frames.shape != (length, height, width, 3):
             raise ValueError(
                 f"episode {episode.name}: frames {episode.frames.shape}, expected {(length, height, width, 3)} and the "
                 "action conventions of the first episode; train one data set at a time"

@@ -93,8 +93,8 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     """
     run = Path(config.run)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    clips = load_clips(config.data, Path(config.cache) / "train", source=config.source)
-    held_out = load_clips(config.validation, Path(config.cache) / "validation", source=config.source)
+    clips = load_clips(config.data, Path(config.cache) / "train", source=config.source, one_robot=False)
+    held_out = load_clips(config.validation, Path(config.cache) / "validation", source=config.source, one_robot=False)
     torch.manual_seed(config.loop.seed)
     if config.init is None:
         vae = FoldedVideoVAE(config.latent_channels, config.channels)

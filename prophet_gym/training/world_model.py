@@ -125,6 +125,8 @@ def chunk_loss(
 def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
     """Copy the denoiser of a checkpoint; of a deeper one, evenly spaced blocks (the first and the last among them).
 
+    Where the new one draws no action frames, that stream of the checkpoint is left out.
+
     Raises:
         ValueError: not a checkpoint, or another architecture.
     """
@@ -133,6 +135,8 @@ def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
     if len(blocks) > wanted:
         kept = torch.linspace(0, len(blocks) - 1, wanted).round().int().tolist()
         source.transformer_blocks = torch.nn.ModuleList([blocks[i] for i in kept])
+    if transformer.action_frame_stream is None:
+        source.action_frame_stream = None
     try:
         transformer.load_state_dict(source.state_dict())
     except RuntimeError as error:

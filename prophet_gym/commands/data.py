@@ -1,0 +1,77 @@
+"""From one format to another: ``prophet convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from ..data.episode import Episode
+from ..data.fitting import fit_camera, fit_frames
+from ..data.folder import write_episode
+from ..data.lerobot_writer import write_lerobot
+from ..data.opening import open_dataset
+
+__all__ = ["convert"]
+
+
+def convert(
+    data: Positional[Path],
+    out: Positional[Path],
+    format: Literal["folder", "lerobot"] = "folder",  # noqa: A002 (the name of the flag)
+    card: str | None = None,
+    camera: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    episodes: tuple[int, ...] = (),
+    leave_out: tuple[int, ...] = (),
+    prefix: str = "",
+) -> None:
+    """Write a data set anew, as a folder of episodes or a LeRobotDataset v3.0: other images, some of its episodes.
+
+    A folder of episodes may exist, so that several sets or cameras can be gathered in one; episodes of a name that is
+    there already are an error.
+
+    Args:
+        data: a data set of any format.
+        out: where it goes.
+        format: "folder" keeps everything and every pixel; "lerobot" is compressed, without labels.
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        camera: which camera; the card's or the first by default.
+        image_size: height and width in pixels that images and calibration are stretched to; as they are by default.
+        episodes: which, by number from 0; all by default.
+        leave_out: which not, by number from 0.
+        prefix: put before the names of episodes.
+    """
+    source = open_dataset(data, card=card, camera=camera)
+    unknown = sorted({i for i in (*episodes, *leave_out) if not 0 <= i < len(source)})
+    if unknown:
+        raise ValueError(f"episodes {unknown} of {data}: expected numbers from 0 to {len(source) - 1}")
+    chosen = [i for i in episodes or range(len(source)) if i not in leave_out]
+    if not chosen:
+        raise ValueError(f"nothing is left of {data}: all {len(source)} episodes are left out")
+
+    def converted() -> Iterator[Episode]:
+        for i in tqdm(chosen, unit="episode", mininterval=1.0):
+            episode = replace(source[i], name=prefix + source.names[i])
+            yield episode if image_size is None else _stretched(episode, image_size)
+
+    if format == "lerobot":
+        write_lerobot(out, converted())
+    else:
+        for episode in converted():
+            write_episode(out / episode.name, episode)
+    print(f"{len(chosen)} of {len(source)} episodes: {out}")
+
+
+def _stretched(episode: Episode, size: tuple[int, int]) -> Episode:
+    height, width = size
+    camera = None if episode.camera is None else fit_camera(episode.camera, size, "stretch")
+    factor = (width / episode.frames.shape[2], height / episode.frames.shape[1])
+    labels = {
+        key: (value + 0.5) * factor - 0.5 if key.endswith("_px") else value for key, value in episode.labels.items()
+    }
+    return replace(episode, images=fit_frames(episode.frames, size, "stretch"), camera=camera, labels=labels)

@@ -1,0 +1,105 @@
+"""``prophet convert``: what changes, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prophet_gym.action_frames import Camera
+from prophet_gym.actions import ActionSpec
+from prophet_gym.cli import main
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.folder import EpisodeFolder, write_episode
+from prophet_gym.data.opening import open_dataset
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        poses = np.tile(np.eye(4), (6, 1, 1, 1))
+        episode = Episode(
+            images=rng.integers(0, 256, (6, 32, 64, 3), np.uint8),
+            actions=rng.uniform(0, 0.01, (5, 7)),
+            action_spec=ActionSpec(),
+            instruction=f"do {name}",
+            fps=5.0,
+            camera=Camera(np.array([[40.0, 0, 32], [0, 40, 16], [0, 0, 1]]), np.eye(4), 64, 32),
+            eef_pose=poses,
+            gripper=np.ones((6, 1)),
+            labels={"block_px": np.full((6, 2), 15.5), "height_m": np.arange(6.0)},
+        )
+        write_episode(tmp_path / "from" / name, episode)
+    return tmp_path / "from"
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["prophet", "convert", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_images_calibration_and_labels_in_pixels_are_stretched_together(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not convert(monkeypatch, recorded, tmp_path / "to", "--image-size", "16", "16")
+    before, after = EpisodeFolder(recorded)[1], EpisodeFolder(tmp_path / "to")[1]
+    assert after.frames.shape == (6, 16, 16, 3) and after.instruction == "do b"
+    mean = before.frames.reshape(6, 16, 2, 16, 4, 3).mean(axis=(2, 4))
+    assert np.abs(after.frames - mean).max() <= 1
+    np.testing.assert_array_equal(after.actions, before.actions)
+    assert before.camera is not None and after.camera is not None
+    np.testing.assert_allclose(after.camera.K[0, 0], before.camera.K[0, 0] / 4)
+    np.testing.assert_allclose(after.camera.K[1, 1], before.camera.K[1, 1] / 2)
+    np.testing.assert_allclose(after.labels["block_px"], np.tile([3.5, 7.5], (6, 1)))
+    np.testing.assert_array_equal(after.labels["height_m"], np.arange(6.0))
+
+
+def test_sets_are_gathered_in_one_folder(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "to"
+    assert not convert(monkeypatch, recorded, out, "--leave-out", "1")
+    assert not convert(monkeypatch, recorded, out, "--episodes", "1", "0", "--prefix", "again_")
+    assert EpisodeFolder(out).names == ("a", "again_a", "again_b", "c")
+    assert EpisodeFolder(out)[2].instruction == "do b"
+
+
+def test_lerobot(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not convert(monkeypatch, recorded, tmp_path / "to", "--format", "lerobot")
+    written = open_dataset(tmp_path / "to")
+    assert len(written) == 3 and written[2].instruction == "do c"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--episodes", "3"), "numbers from 0 to 2"),
+        (("--leave-out", "-1"), "numbers from 0 to 2"),
+        (("--leave-out", "0", "1", "2"), "all 3 episodes are left out"),
+    ],
+)
+def test_what_does_not_exist_is_refused(
+    recorded: Path,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert convert(monkeypatch, recorded, tmp_path / "to", *words) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
+def test_an_episode_is_never_replaced(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not convert(monkeypatch, recorded, tmp_path / "to", "--episodes", "0")
+    assert convert(monkeypatch, recorded, tmp_path / "to", "--episodes", "0") == 2
+    assert "exists" in capsys.readouterr().err
