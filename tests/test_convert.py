@@ -77,6 +77,27 @@ def test_lerobot(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(written) == 3 and written[2].instruction == "do c"
 
 
+def test_variants_are_other_crops_with_their_calibration(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "to"
+    assert not convert(monkeypatch, recorded, out, "--episodes", "0", "--variants", "3", "--image-size", "32", "64")
+    episodes = EpisodeFolder(out)
+    assert episodes.names == ("a", "a_v01", "a_v02", "a_v03")
+    plain, first, second = episodes[0], episodes[1], episodes[2]
+    np.testing.assert_array_equal(first.actions, plain.actions)
+    assert np.abs(first.frames.astype(int) - second.frames).mean() > 5
+    # The label stays on the same thing: where a point of the world is projected to.
+    point = np.array([-16.5, -0.5, 40.0])
+    for episode in (plain, first, second):
+        assert episode.camera is not None and 1 <= episode.camera.K[0, 0] / 40 <= 1 / 0.75 + 0.02
+        seen = (episode.camera.K @ point)[:2] / point[2]
+        np.testing.assert_allclose(episode.labels["block_px"][0], seen, atol=1e-6)
+    again = tmp_path / "again"
+    assert not convert(monkeypatch, recorded, again, "--episodes", "0", "--variants", "1", "--image-size", "32", "64")
+    np.testing.assert_array_equal(EpisodeFolder(again)[1].frames, first.frames)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

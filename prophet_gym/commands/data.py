@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from ..data.variants import augmented
 from ..data.episode import Episode
 from ..data.fitting import fit_camera, fit_frames
 from ..data.folder import write_episode
@@ -29,6 +31,8 @@ def convert(
     episodes: tuple[int, ...] = (),
     leave_out: tuple[int, ...] = (),
     prefix: str = "",
+    variants: int = 0,
+    seed: int = 0,
 ) -> None:
     """Write a data set anew, as a folder of episodes or a LeRobotDataset v3.0: other images, some of its episodes.
 
@@ -45,6 +49,8 @@ def convert(
         episodes: which, by number from 0; all by default.
         leave_out: which not, by number from 0.
         prefix: put before the names of episodes.
+        variants: further copies of each episode, each seen through a random crop and in another light.
+        seed: of these variants.
     """
     source = open_dataset(data, card=card, camera=camera)
     unknown = sorted({i for i in (*episodes, *leave_out) if not 0 <= i < len(source)})
@@ -54,17 +60,24 @@ def convert(
     if not chosen:
         raise ValueError(f"nothing is left of {data}: all {len(source)} episodes are left out")
 
+    if variants < 0:
+        raise ValueError(f"variants={variants}: expected 0 or more")
+
     def converted() -> Iterator[Episode]:
         for i in tqdm(chosen, unit="episode", mininterval=1.0):
-            episode = replace(source[i], name=prefix + source.names[i])
-            yield episode if image_size is None else _stretched(episode, image_size)
+            for k in range(1 + variants):
+                episode = replace(source[i], name=f"{prefix}{source.names[i]}{f'_v{k:02d}' if k else ''}")
+                if k:
+                    episode = augmented(episode, np.random.default_rng([seed, i, k]))
+                yield episode if image_size is None else _stretched(episode, image_size)
 
     if format == "lerobot":
         write_lerobot(out, converted())
     else:
         for episode in converted():
             write_episode(out / episode.name, episode)
-    print(f"{len(chosen)} of {len(source)} episodes: {out}")
+    copies = f", {1 + variants} times each" if variants else ""
+    print(f"{len(chosen)} of {len(source)} episodes{copies}: {out}")
 
 
 def _stretched(episode: Episode, size: tuple[int, int]) -> Episode:

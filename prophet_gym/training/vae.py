@@ -140,7 +140,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     vae = train_loop(vae, loss_fn, config.loop, run, accelerator=accelerator, resume=config.resume, evaluate=evaluate)
     accelerator.end_training()
     if not config.decoder_only:
-        mean, std = latent_statistics(vae, clips)
+        mean, std = latent_statistics(vae, clips, config.groups)
         vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.register_to_config(_name_or_path="")  # diffusers would store where the initial weights were loaded from
     vae.half().save_pretrained(run / "vae")
@@ -160,10 +160,12 @@ def reconstruct(vae: FoldedVideoVAE, clips: ClipArrays, count: int = 40) -> tupl
 
 
 @torch.no_grad()
-def latent_statistics(vae: FoldedVideoVAE, clips: ClipArrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of raw latents over 1024 random groups."""
-    video = sample_clips(clips, 256, 4, np.random.default_rng(0)).to(vae.device)
-    groups = video[:, :, 1:].unflatten(2, (-1, VideoCodec.temporal_stride)).movedim(2, 1).flatten(0, 1)
-    mean = torch.cat([vae.encode_groups(part)[0] for part in groups.split(128)])
+def latent_statistics(
+    vae: FoldedVideoVAE, clips: ClipArrays, groups: int = 4
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and standard deviation of raw latents over 256 random clips of so many groups of frames."""
+    video = sample_clips(clips, 256, groups, np.random.default_rng(0)).to(vae.device)
+    folded = video[:, :, 1:].unflatten(2, (-1, VideoCodec.temporal_stride)).movedim(2, 1).flatten(0, 1)
+    mean = torch.cat([vae.encode_groups(part)[0] for part in folded.split(128)])
     flat = mean.float().transpose(0, 1).flatten(1)
     return tuple(flat.mean(1).tolist()), tuple(flat.std(1).tolist())
