@@ -21,6 +21,7 @@ from prophet_gym.judges import (
     ClassifierJudge,
     LabelledRollout,
     Objective,
+    TransformersBackend,
     Verdict,
     VLMConfig,
     VLMJudge,
@@ -277,6 +278,40 @@ def test_a_threshold_is_applied_without_touching_anything_else(tmp_path: Path) -
         calibration_files(tmp_path / "nowhere")
 
 
+def test_a_loaded_judge_decides_at_the_threshold_that_was_applied(tmp_path: Path) -> None:
+    films = [each.frames for each in ROLLOUTS]
+    folder, words = tmp_path / "judge", ["lift it"] * len(films)
+    ClassifierJudge(ClassifierConfig(("lift", "it"), (16, 16), width=8)).save_pretrained(folder)
+    scores = [verdict.score for verdict in open_judge(folder).judge_batch(films, words)]
+    labels = np.arange(len(films)) >= 5
+    rollouts = [
+        replace(each, success=np.array([False] * 3 + [bool(y)])) for each, y in zip(ROLLOUTS, labels, strict=True)
+    ]
+    report = calibrate_judge(open_judge(folder), rollouts, Objective("precision", target=0.5), bootstrap=20)
+    moved = 0.5 * sum(np.sort(scores)[4:6])  # between two rollouts, so that verdicts change with it
+    for threshold in (report["threshold"], moved):
+        apply_threshold(folder, threshold)
+        verdicts = open_judge(folder).judge_batch(films, words)
+        assert [verdict.success for verdict in verdicts] == [score >= threshold for score in scores]
+    assert sum(bool(verdict.success) for verdict in verdicts) == 5
+    vlm = tmp_path / "vlm.json"
+    vlm.write_text('{"backend": {"kind": "transformers", "model": "m"}, "image_size": 16}')
+    apply_threshold(vlm, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformersBackend, "from_pretrained", lambda model: Voters())
+        assert open_judge(vlm)(rollout(0.4, True, "x").frames, "lift it").success is True, "two of five votes"
+
+
+def test_a_judge_that_never_finds_a_success_or_never_answers_is_named() -> None:
+    dark = [replace(each, frames=np.full_like(each.frames, 10)) for each in ROLLOUTS]
+    judge = VLMJudge(Voters(), VLMConfig(image_size=16, prompt="general"))
+    with pytest.raises(ValueError, match="All 10 rollouts have the score 0: the judge recognised none of 6 successes"):
+        calibrate_judge(judge, dark)
+    black = [replace(each, frames=np.zeros_like(each.frames)) for each in ROLLOUTS]
+    with pytest.raises(ValueError, match="abstained on all 10 rollouts, on the first because: .*5 unread: no .box"):
+        calibrate_judge(judge, black)
+
+
 # --- commands ---
 
 
@@ -333,6 +368,7 @@ def test_the_command_writes_beside_the_judge_and_changes_it_only_when_asked(
     assert report["data"] == {
         "name": "data", "episodes": 8, "labels": "simulator", "checkpoint": "none", "chunk_length": None,
     }  # fmt: skip
+    assert report["advice"][0].startswith("For reinforcement learning prefer high recall; a moderate FPR is tolerated")
     assert (folder / "calibration.svg").read_text().lstrip().startswith("<?xml")
     run([*words, "--apply"], monkeypatch)
     assert open_judge(folder).config.threshold == report["threshold"]

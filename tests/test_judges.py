@@ -202,6 +202,9 @@ def test_bad_checkpoints_are_named(judge, tmp_path):
         (config[:40], "not valid JSON"),
         ("{}", "does not describe"),
         (json.dumps({**json.loads(config), "layers": 3}), r"unknown \['layers'\]"),
+        (json.dumps({**json.loads(config), "threshold": "0.5"}), "does not fit its weights"),
+        (json.dumps({**json.loads(config), "threshold": 1.5}), r"does not fit .*in \[0, 1\], got 1.5"),
+        (json.dumps({**json.loads(config), "width": 24}), "does not fit its weights"),
     ]:
         config_file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -21,6 +21,7 @@ from prophet_gym.cli import main
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
 from prophet_gym.judges import LabelledRollout, TransformersBackend, VLMConfig, VLMJudge, open_judge
+from prophet_gym.judges.prompting import load_prompt
 from prophet_gym.training import vlm_judge
 from prophet_gym.training.adapter_checkpoint import trainable
 from prophet_gym.training.vlm_examples import (
@@ -233,6 +234,25 @@ def test_half_precision_trains_too(tmp_path: Path) -> None:
     assert np.isfinite(metrics["history"][-1]["loss"])
 
 
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def explode_later(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = answer_loss(*arguments)
+        if len(calls) > 2:  # the loss stays what it is, its gradient becomes infinite
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(vlm_judge, "answer_loss", explode_later)
+    config = quick(tmp_path, steps=3, batch_size=2, save_every=1)
+    with pytest.raises(FloatingPointError, match="gradient of norm nan at step 1|gradient of norm inf at step 1"):
+        fit_vlm_judge(*qwen(), TRAIN, VAL, config)
+    monkeypatch.undo()
+    _, _, metrics = fit_vlm_judge(*qwen(), TRAIN, VAL, replace(config, resume=True))
+    assert np.isfinite(metrics["history"][-1]["loss"])
+
+
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Validation needs successes and failures, got 3 of 3"):
         fit_vlm_judge(*qwen(), TRAIN, [each for each in VAL if each.label], quick(tmp_path))
@@ -257,6 +277,7 @@ def test_the_command_trains_from_folders_and_writes_a_judge_that_opens_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_llava(tmp_path / "llava")
+    (own := tmp_path / "own.txt").write_text(load_prompt("general"))
     for number in range(12):
         source = rollout(number, number % 2 == 0)
         write_episode(
@@ -273,7 +294,7 @@ def test_the_command_trains_from_folders_and_writes_a_judge_that_opens_anywhere(
         )
     out = tmp_path / "judge"
     words = ["prophet", "judge", "train-vlm", "--data", str(tmp_path / "data"), "--output", str(out), "--model",
-             str(tmp_path / "llava"), "--checkpoint", "none", "--val-fraction", "0.4", "--prompt", "general",
+             str(tmp_path / "llava"), "--checkpoint", "none", "--val-fraction", "0.4", "--prompt", str(own),
              "--num-frames", "2", "--image-size", "32", "--steps", "3", "--batch-size", "2", "--precision", "no",
              "--learning-rate", "1e-2", "--rank", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
@@ -283,6 +304,7 @@ def test_the_command_trains_from_folders_and_writes_a_judge_that_opens_anywhere(
     assert str(tmp_path) not in json.dumps(printed["config"] | {"model": ""}), "the metrics travel without paths"
     described = json.loads((out / "judge.json").read_text())
     assert described["backend"]["adapter"] == "adapter" and described["method"] == "logprobs"
+    own.unlink()
     moved = tmp_path / "elsewhere"
     out.rename(moved)
     monkeypatch.chdir(tmp_path)

@@ -293,6 +293,27 @@ def test_answers_are_kept_and_errors_are_not(server: str, tmp_path: Path, caplog
     assert asked(config)[0] == 15 and "cannot be read and are asked for again" in caplog.text
 
 
+def test_a_cache_serves_other_people_and_leaves_nothing_half_written(
+    backend: ServerBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(SMALL, cache=str(tmp_path / "answers"))
+    VLMJudge(backend, config)(rollout(True), "look")
+    (kept,) = (tmp_path / "answers").rglob("*.json")
+    (plain := tmp_path / "plain").touch()
+    assert kept.stat().st_mode == plain.stat().st_mode, "readable by whom the umask allows"
+    kept.unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prophet_gym.judges.answer_cache.os.replace", full)
+        assert VLMJudge(backend, config)(rollout(True), "look").success is True, "the verdict was paid for"
+    assert "No space left" in caplog.text and not [p for p in (tmp_path / "answers").rglob("*") if p.is_file()]
+    with pytest.raises(ValueError, match="cache=.*plain' is no folder"):
+        VLMJudge(backend, replace(SMALL, cache=str(plain)))
+
+
 # --- how a user picks it ---
 
 

@@ -22,7 +22,7 @@ from ..judges.label_page import write_label_page
 from ..judges.label_terminal import label_in_terminal
 from ..judges.opening import open_judge
 from ..judges.operating_point import Objective, calibrate_judge
-from ..judges.operating_report import apply_threshold, calibration_files, format_operating_point
+from ..judges.operating_report import advice, apply_threshold, calibration_files, format_operating_point
 from ..judges.reliability import draw_calibration
 from ..judges.rollouts import LabelledRollout, labelled_rollouts
 from ..registration import ASSETS, WORLDS, resolve_checkpoint
@@ -212,6 +212,7 @@ def calibrate(what: JudgeCalibration) -> None:
     measured = open_judge(path)
     rollouts = [rollout for part in _rollouts(what).values() for rollout in part]
     report = calibrate_judge(measured, rollouts, objective, select=what.select, seed=what.seed)
+    report["advice"] = advice(report)
     # Names, not paths: the file travels with the judge.
     report["data"] = {
         "name": what.data.resolve().name,

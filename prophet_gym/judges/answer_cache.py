@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +28,17 @@ class AnswerCache:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        ValueError: it cannot be made.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache={str(folder)!r} is no folder and cannot be made one ({error}).") from error
 
     def get(self, key: str) -> list[Answer] | None:
         """Returns the answers under ``key``, or None."""
@@ -56,16 +63,18 @@ class AnswerCache:
         if any(answer.error for answer in answers):
             return
         path = self._path(key)
+        # Unique among machines too; mkstemp's would be unreadable to other people who share the folder.
+        temporary = path.with_name(f".{key[:12]}.{uuid.uuid4().hex}")
         rows = [{name: value for name, value in asdict(answer).items() if name != "error"} for answer in answers]
         content = to_json({**about, "answers": rows})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{key[:12]}.", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
+            temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:  # a full disk must not cost the verdicts that were paid for
             logger.warning("Answers cannot be kept in %s: %s", self.folder, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

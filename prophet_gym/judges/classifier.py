@@ -204,9 +204,12 @@ class ClassifierJudge:
                 "Copy both files of one judge."
             )
         state = {name: value.float() for name, value in safetensors.torch.load(weights).items()}
-        judge_config = ClassifierConfig(**config)
-        network = _build(judge_config)
-        network.load_state_dict(state)
+        try:
+            judge_config = ClassifierConfig(**config)
+            network = _build(judge_config)
+            network.load_state_dict(state)
+        except (TypeError, ValueError, RuntimeError) as error:  # edited by hand
+            raise ValueError(f"{folder / CONFIG_FILE} does not fit its weights ({error}).") from error
         return cls(judge_config, network, device)
 
 

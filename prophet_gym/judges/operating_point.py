@@ -93,6 +93,11 @@ def choose_threshold(
     candidates = (np.concatenate([[0.0], values[:-1]]) + values) / 2
     if rule.tie_abstains:
         candidates = candidates[candidates > 0]  # nothing lies below 0, and what equals the threshold abstains
+    if not len(candidates):
+        raise ValueError(
+            f"All {len(scores)} rollouts have the score 0: the judge recognised none of {int(labels.sum())} successes, "
+            "and no threshold changes that. Look at its answers and its prompt."
+        )
     best: tuple[float, ...] = (-1.0,)
     threshold, closest = 0.5, 0.0
     for candidate in candidates.tolist():
@@ -180,6 +185,9 @@ def calibrate_judge(
     needed = judge.needed_votes if isinstance(judge, VLMJudge) else 0
     scores = np.array([v.score if v.valid or len(v.votes) >= needed else np.nan for v in verdicts])
     members = np.ones(len(rollouts), bool) if select == "all" else source == select
+    if np.isnan(scores[members]).all():
+        reason = next(v.reason for v, member in zip(verdicts, members, strict=True) if member)
+        raise ValueError(f"The judge abstained on all {int(members.sum())} rollouts, on the first because: {reason}.")
     best = replace(rule, threshold=choose_threshold(scores[members], labels[members], objective, rule))
 
     def figures(which: np.ndarray, how: DecisionRule) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from prophet_gym.errors import MissingExtraError
 from prophet_gym.judges.calibration import ratio
 
-__all__ = ["draw_calibration", "expected_calibration_error", "reliability_bins"]
+__all__ = ["draw_calibration", "draw_curves", "draw_reliability", "expected_calibration_error", "reliability_bins"]
 
 BINS = 10
 
@@ -66,22 +67,12 @@ def draw_calibration(report: dict[str, Any]) -> str:
     panels = 3 if report["votes"] else 2
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels)
-    axes[0].plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
-    for name, source in report["sources"].items():
-        rows = source["reliability"]
-        rates = np.array([row["success"]["value"] for row in rows])
-        errors = [
-            rates - np.array([row["success"]["low"] for row in rows]),
-            np.array([row["success"]["high"] for row in rows]) - rates,
-        ]
-        label = f"{name}, n = {source['n']}" + ("" if source["ece"] is None else f", ECE {source['ece']:.3f}")
-        axes[0].errorbar([row["score"] for row in rows], rates, np.maximum(errors, 0), fmt="o-", capsize=3, label=label)
-    axes[0].set(xlabel="score, mean of the bin", ylabel="observed success", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    _curves(axes[1], report["thresholds"], "threshold")
+    draw_reliability(axes[0], report["sources"])
+    draw_curves(axes[1], report["thresholds"], "threshold")
     axes[1].axvline(report["threshold"], color="0.3", linewidth=1, label=f"chosen, {report['threshold']:.3f}")
     axes[1].axvline(report["now"]["threshold"], color="0.3", linewidth=1, linestyle=":", label="now")
     if report["votes"]:
-        _curves(axes[2], report["votes"], "votes")
+        draw_curves(axes[2], report["votes"], "votes")
         axes[2].set_xticks([row["votes"] for row in report["votes"]])
     for each in axes:
         each.grid(alpha=0.3)
@@ -91,7 +82,23 @@ def draw_calibration(report: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _curves(axes: Any, rows: list[dict[str, Any]], over: str) -> None:
+def draw_reliability(axes: Any, sources: Mapping[str, dict[str, Any]]) -> None:
+    """Draws observed success over the score, in bins, with 95 % intervals; ``sources`` as in a calibration's report."""
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
+    for name, source in sources.items():
+        rows = source["reliability"]
+        rates = np.array([row["success"]["value"] for row in rows])
+        errors = [
+            rates - np.array([row["success"]["low"] for row in rows]),
+            np.array([row["success"]["high"] for row in rows]) - rates,
+        ]
+        label = f"{name}, n = {source['n']}" + ("" if source["ece"] is None else f", ECE {source['ece']:.3f}")
+        axes.errorbar([row["score"] for row in rows], rates, np.maximum(errors, 0), fmt="o-", capsize=3, label=label)
+    axes.set(xlabel="score, mean of the bin", ylabel="observed success", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+
+
+def draw_curves(axes: Any, rows: Sequence[dict[str, Any]], over: str) -> None:
+    """Draws precision, recall and false-positive rate of such rows over one of their fields, with 95 % bands."""
     for index, name in enumerate(("precision", "recall", "fpr")):
         known = [row for row in rows if row[name]["value"] is not None]
         x, colour = [row[over] for row in known], f"C{index}"

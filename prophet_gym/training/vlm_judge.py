@@ -30,6 +30,7 @@ from prophet_gym.atomic import atomic_folder, atomic_text
 from prophet_gym.judges.base import Verdict
 from prophet_gym.judges.calibration import auc, evaluate_verdicts
 from prophet_gym.judges.operating_point import pick_threshold
+from prophet_gym.judges.prompting import load_prompt
 from prophet_gym.judges.rollouts import LabelledRollout
 from prophet_gym.judges.vlm import VLMConfig
 from prophet_gym.strict_json import to_json
@@ -44,7 +45,7 @@ __all__ = ["VLMTrainingConfig", "add_lora", "fit_vlm_judge", "save_vlm_judge", "
 
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 """Attention and MLP projections of the language model; the encoder of pictures has projections of the same names."""
-JUDGE_FILE, ADAPTER = "judge.json", "adapter"
+JUDGE_FILE, PROMPT_FILE, ADAPTER = "judge.json", "prompt.txt", "adapter"
 LONGEST_ANSWER = 16
 """Tokens of a box, with room to spare."""
 
@@ -190,7 +191,7 @@ def fit_vlm_judge(
     Raises:
         ValueError: a set lacks successes or failures, episodes are in both, the model has no language half to adapt,
             more than one process, or a checkpoint of other settings.
-        FloatingPointError: the loss is not finite; the last checkpoint stays usable.
+        FloatingPointError: loss or gradient are not finite; the last checkpoint stays usable.
     """
     from accelerate import Accelerator
 
@@ -215,6 +216,7 @@ def fit_vlm_judge(
         "config": {
             **{k: Path(v).name if k == "checkpoint" else v for k, v in dataclasses.asdict(config).items()},
             "data": [Path(folder).name for folder in config.data],
+            "prompt": Path(config.prompt).name,
             "val": Path(config.val).name,
             "output": Path(config.output).name,
         },
@@ -269,6 +271,9 @@ def save_vlm_judge(adapted: Any, decision: VLMConfig, config: VLMTrainingConfig)
     }
     plain = VLMConfig()
     chosen = {name: value for name, value in vars(decision).items() if value != getattr(plain, name)}
+    if decision.prompt.endswith(".txt"):  # travels with the judge
+        atomic_text(output / PROMPT_FILE, load_prompt(decision.prompt))
+        chosen["prompt"] = PROMPT_FILE
     atomic_text(output / JUDGE_FILE, to_json({"backend": backend, **chosen}))
     return output / JUDGE_FILE
 
@@ -310,7 +315,9 @@ def _optimise(
             total += loss.item() / config.batch_size
         if not math.isfinite(total):
             raise FloatingPointError(f"loss {total} at step {step}; the last checkpoint is {path}")
-        accelerator.clip_grad_norm_(parameters.values(), 1.0)
+        norm = float(accelerator.clip_grad_norm_(parameters.values(), 1.0))
+        if not math.isfinite(norm):  # a step would spoil the weights, and the next checkpoint with them
+            raise FloatingPointError(f"gradient of norm {norm} at step {step}; the last checkpoint is {path}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         facts["losses"].append(total)
