@@ -21,12 +21,12 @@ import tyro
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.cosmos.pipeline_cosmos2_video2world import Cosmos2VideoToWorldPipeline
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS
 from prophet_gym.snapshot import Snapshot
 from prophet_gym.strict_json import to_json
+from prophet_gym.training.cost import PEAK_TFLOPS, count_flops
 from prophet_gym.world_model.lora import add_lora
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
@@ -36,8 +36,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "text_embed_dim": 16, "adaln_lora_dim": 8,
     "scalar_hidden_dim": 16, "max_size": (32, 64, 64),
 }  # fmt: skip
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
-"""Dense bfloat16 matrix products a second, in units of 1e12, by a part of the device's name (vendors' data sheets)."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,8 @@ def measure(call: Callable[[], object], config: Config) -> dict[str, float | Non
 
 
 def teraflops(call: Callable[[], object]) -> float:
-    """Floating-point operations of ``call`` in units of 1e12: matrix products, convolutions, attention."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e12
+    """Floating-point operations of ``call`` in units of 1e12."""
+    return count_flops(call) / 1e12
 
 
 def random_network(network_class: Any, config: Config, **arguments: Any) -> Any:

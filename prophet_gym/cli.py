@@ -10,7 +10,7 @@ import torch
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
 from .actions import ACTION_SPECS
-from .atomic import atomic_folder
+from .atomic import atomic_folder, atomic_text
 from .audit import audit as audit_episodes
 from .audit import format_audit
 from .audit_report import write_audit_page
@@ -26,7 +26,10 @@ from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
 from .registration import WORLDS, resolve_checkpoint
 from .strict_json import to_json
+from .training.plan import PlanConfig, format_plan, plan_pretraining
 from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
+from .training.pretrain import pretrain
+from .training.pretrain_config import PretrainConfig
 from .training.vae import VAEConfig, train_vae
 from .training.world_model import WorldModelConfig, train_world_model
 from .world_model.cosmos import world_from_cosmos
@@ -37,8 +40,8 @@ TrainingRun = (
     | Annotated[VAEConfig, subcommand("vae-smoke", default=VAE_SMOKE)]
     | Annotated[WorldModelConfig, subcommand("world-model", default=WORLD_MODEL_TINY)]
     | Annotated[WorldModelConfig, subcommand("world-model-smoke", default=WORLD_MODEL_SMOKE)]
+    | Annotated[PretrainConfig, subcommand("pretrain")]
 )
-
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -214,7 +217,9 @@ def from_cosmos(
 
 
 def train(what: TrainingRun) -> None:
-    """Train the codec, or the denoiser on its latents; ``-smoke`` is a minute's run to try the pipeline.
+    """Train the codec, or the denoiser on its latents: on one data set, or (``pretrain``) on a mixture of several.
+
+    ``-smoke`` is a minute's run to try the pipeline.
 
     Args:
         what: what to train, and how.
@@ -222,9 +227,25 @@ def train(what: TrainingRun) -> None:
     if isinstance(what, VAEConfig):
         print(to_json(train_vae(what)), end="")
         print(f"codec: {what.run / 'vae'}")
+    elif isinstance(what, PretrainConfig):
+        print(f"checkpoint: {pretrain(what)}")
     else:
         train_world_model(what)
         print(f"checkpoint: {what.run / 'prophet'}")
+
+
+def plan(config: PretrainConfig, machine: PlanConfig, out: Path | None = None) -> None:
+    """Say what `prophet train pretrain` would take, without training: steps, operations, memory, hours, disk.
+
+    Args:
+        config: the run, with the flags of `prophet train pretrain`.
+        machine: the GPUs to plan for.
+        out: JSON file for the figures.
+    """
+    figures = plan_pretraining(config, machine)
+    print(format_plan(figures))
+    if out is not None:
+        atomic_text(out, to_json(figures))
 
 
 def evaluate(
@@ -255,7 +276,7 @@ def evaluate(
     """
     result = evaluate_world_model(
         _load(checkpoint, device, dtype),
-        EpisodeFolder(data)[:episodes],
+        [episode.with_poses() for episode in EpisodeFolder(data)[:episodes]],
         steps,
         num_inference_steps,
         batch_size,
@@ -288,6 +309,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "push": push,
     "check": check,
     "from-cosmos": from_cosmos,
+    "plan": plan,
     "train": train,
     "eval": evaluate,
     "judge": judge,

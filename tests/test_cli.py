@@ -10,7 +10,7 @@ import pytest
 from prophet_gym.cli import COMMANDS, main
 
 NESTED = {
-    "train": ["vae", "vae-smoke", "world-model", "world-model-smoke"],
+    "train": ["vae", "vae-smoke", "world-model", "world-model-smoke", "pretrain"],
     "judge": ["train", "train-vlm", "eval", "calibrate", "label"],
 }
 PATHS = [[], *([name] for name in COMMANDS), *([name, second] for name in NESTED for second in NESTED[name])]

@@ -53,6 +53,18 @@ def test_images_cameras_and_labels_scale_together(episodes: list[Episode]) -> No
     np.testing.assert_allclose(window.labels["block_px"], (whole.labels["block_px"] + 0.5) * factor - 0.5)
 
 
+@pytest.mark.parametrize("size", [(32, 48), (32, 16)])
+def test_padding_and_cropping_move_cameras_and_labels_alike(episodes: list[Episode], size: tuple[int, int]) -> None:
+    """Black borders of 8 columns to each side, or 8 columns cut off."""
+    whole = episodes[0]
+    whole = replace(whole, labels={"hand_px": project(whole.eef_pose[:, 0, :3, 3], whole.camera)})
+    window = EpisodeWindows([whole], 7, image_size=size, fit="pad_or_crop")[0]
+    seen = project(window.eef_pose[:, 0, :3, 3], window.camera)
+    np.testing.assert_allclose(window.labels["hand_px"], seen, atol=1e-6)
+    np.testing.assert_allclose(seen, (whole.labels["hand_px"] + 0.5) * 2 - 0.5 + [(size[1] - 32) / 2, 0], atol=1e-6)
+    assert (window.frames[:, :, :8] == 0).all() == (size[1] == 48)
+
+
 def test_windows_of_an_episode_share_one_decoding(episodes: list[Episode]) -> None:
     decoded = []
 

@@ -151,7 +151,10 @@ _CARDS = (
         actions_from="poses",
         source=_PAPER + " and 3.2.1",
         notes="Two end-effectors. The rate, the cameras' names and the layout of the state are not stated; the image's "
-        "way to 240 x 320 neither.",
+        "way to 240 x 320 neither. Copies in LeRobot's format are read; their states are often in the columns "
+        "observation.state.end.position (left xyz, right xyz), .end.orientation (xyzw each) and .effector.position. "
+        "AgiBot World's own layout (proprio_stats.h5 beside videos) is not read: public sources disagree on unit and "
+        "polarity of the measured gripper.",
     ),
     DatasetCard(
         "droid",

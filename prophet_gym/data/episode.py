@@ -8,14 +8,14 @@ rollout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from prophet_gym.action_frames import Camera
-from prophet_gym.actions import ActionSpec
+from prophet_gym.actions import ActionSpec, integrate_poses
 from prophet_gym.snapshot import Snapshot
 
 
@@ -109,6 +109,19 @@ class Episode:
     def canonical_actions(self) -> np.ndarray:
         """(T, N, 7) float32: metres, radians, open ratio."""
         return self.action_spec.to_canonical(self.actions)
+
+    def with_poses(self) -> Episode:
+        """Return the episode, or, where it has no poses, one with those that its commands lead to from the origin.
+
+        Such poses are the state that an environment shows; their place in the world is not known, so the camera goes.
+        """
+        if self.eef_pose is not None:
+            return self
+        start = np.tile(np.eye(4), (self.action_spec.num_effectors, 1, 1))
+        commands = self.canonical_actions
+        openness = np.concatenate([commands[:1, :, 6], commands[..., 6]]).clip(0.0, 1.0)
+        path = np.concatenate([start[None], integrate_poses(start, commands, self.action_spec)])
+        return replace(self, eef_pose=path, gripper=openness, camera=None)
 
     def snapshot(self, t: int = 0) -> Snapshot:
         """Return image `t` as the start of a rollout; only t = 0 carries the simulator's state.

@@ -39,6 +39,13 @@ def fit_camera(camera: Camera, resolution: tuple[int, int], fit: Fit | None) -> 
     return Camera(K, resized.E, width, height)
 
 
+def fit_points(points: np.ndarray, old: tuple[int, int], resolution: tuple[int, int], fit: Fit | None) -> np.ndarray:
+    """Return where pixels (..., 2), u and v, of images of size ``old`` (height, width) are after `fit_frames`."""
+    scaled = _scaled_width(*old, resolution, fit)
+    factor = np.array([scaled, resolution[0]]) / np.array([old[1], old[0]])
+    return (points + 0.5) * factor - 0.5 + [_offset(scaled, resolution[1]), 0]  # pixel centres are whole numbers
+
+
 def fit_episode(episode: Episode, card: DatasetCard) -> Episode:
     """Return the episode with images, and camera if it has one, at the card's resolution; decoded at first use.
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from prophet_gym.data.cards import Fit
 from prophet_gym.data.episode import Episode
-from prophet_gym.data.fitting import fit_camera, fit_frames
+from prophet_gym.data.fitting import fit_camera, fit_frames, fit_points
 from prophet_gym.data.sequence import EpisodeSequence
 
 _KEPT = 2 * (os.cpu_count() or 1)  # decoded episodes kept, so that neighbouring windows share one decoding
@@ -37,6 +38,7 @@ class EpisodeWindows(EpisodeSequence):
         *,
         stride: int | None = None,
         image_size: tuple[int, int] | None = None,
+        fit: Fit = "stretch",
     ) -> None:
         """Read how long the episodes are; no image is decoded.
 
@@ -44,8 +46,9 @@ class EpisodeWindows(EpisodeSequence):
             episodes: Any lazy sequence of episodes, e.g. from `prophet_gym.data.open_dataset`.
             length: Commands of a window.
             stride: Commands between the starts of neighbouring windows; default half a window.
-            image_size: (height, width) that images, cameras and labels in pixels (``*_px``) are stretched to; by
+            image_size: (height, width) that images, cameras and labels in pixels (``*_px``) are brought to; by
                 default they stay as they are.
+            fit: How they come to that size: `prophet_gym.data.fitting`.
 
         Raises:
             ValueError: If length or stride is below 1, or no episode is long enough.
@@ -53,7 +56,7 @@ class EpisodeWindows(EpisodeSequence):
         stride = max(1, length // 2) if stride is None else stride
         if length < 1 or stride < 1:
             raise ValueError(f"windows of {length} commands every {stride}; expected at least 1 of both")
-        self.episodes, self.length, self.image_size = episodes, length, image_size
+        self.episodes, self.length, self.image_size, self.fit = episodes, length, image_size, fit
         self._places: list[tuple[int, int]] = []
         names, left_out, longest = [], [], 0
         for i in range(len(episodes)):
@@ -85,7 +88,7 @@ class EpisodeWindows(EpisodeSequence):
 
         camera = whole.camera
         if camera is not None and self.image_size is not None:
-            camera = fit_camera(camera, self.image_size, "stretch")
+            camera = fit_camera(camera, self.image_size, self.fit)
         return replace(
             whole,
             images=lambda: self._frames(place, whole)[rows],
@@ -101,9 +104,8 @@ class EpisodeWindows(EpisodeSequence):
     def _scaled(self, key: str, values: np.ndarray, episode: Episode) -> np.ndarray:
         if self.image_size is None or not key.endswith("_px"):
             return values
-        height, width = self.image_size
-        factor = np.array([width, height]) / np.array(episode.frames.shape[2:0:-1])
-        return (values + 0.5) * factor - 0.5  # pixel centres are whole numbers
+        height, width = episode.frames.shape[1:3]
+        return fit_points(values, (height, width), self.image_size, self.fit)
 
     def __repr__(self) -> str:
         """Say how many, how long, and of what."""
@@ -114,7 +116,7 @@ class EpisodeWindows(EpisodeSequence):
             if place in self._decoded:
                 self._decoded.move_to_end(place)
                 return self._decoded[place]
-        frames = episode.frames if self.image_size is None else fit_frames(episode.frames, self.image_size, "stretch")
+        frames = episode.frames if self.image_size is None else fit_frames(episode.frames, self.image_size, self.fit)
         with self._lock:
             self._decoded[place] = frames
             while len(self._decoded) > _KEPT:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..actions import ActionSpec, integrate_poses
+from ..actions import ActionSpec
 from ..data.episode import Episode
 from ..data.fitting import fit_camera, fit_frames
 from ..data.opening import open_dataset
@@ -103,20 +103,6 @@ def draws_actions(config: AdaptConfig, split: Split, base_draws: bool) -> bool:
     return True
 
 
-def with_poses(episode: Episode) -> Episode:
-    """The episode itself, or, where it has no poses, with those that its commands lead to from the origin.
-
-    Such poses are the state that an environment shows; where they are in the world is not known, so the camera goes.
-    """
-    if episode.eef_pose is not None:
-        return episode
-    spec, commands = episode.action_spec, episode.canonical_actions
-    start = np.tile(np.eye(4), (spec.num_effectors, 1, 1))
-    openness = np.concatenate([commands[:1, :, 6], commands[..., 6]]).clip(0.0, 1.0)
-    path = np.concatenate([start[None], integrate_poses(start, commands, spec)])
-    return replace(episode, eef_pose=path, gripper=openness, camera=None)
-
-
 def evaluation_windows(config: AdaptConfig, split: Split, image_size: tuple[int, int]) -> list[Episode]:
     """At least two clips of equal length from the held-out episodes, evenly spread over them; decoded at first use."""
     shortest = min(len(split.held_out[i]) for i in range(len(split.held_out)))
@@ -125,7 +111,7 @@ def evaluation_windows(config: AdaptConfig, split: Split, image_size: tuple[int,
     if len(windows) < 2:  # shuffled actions are those of another clip: one episode gives its two halves
         windows = EpisodeWindows(split.held_out, max(1, length // 2), stride=length, image_size=image_size)
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), config.evaluation_windows)).round().astype(int)
-    return [with_poses(windows[i]) for i in chosen]
+    return [windows[i].with_poses() for i in chosen]
 
 
 def first_frames(split: Split, image_size: tuple[int, int]) -> SnapshotSet:
@@ -135,8 +121,7 @@ def first_frames(split: Split, image_size: tuple[int, int]) -> SnapshotSet:
         episode = split.held_out[i]
         if episode.eef_pose is None and split.posed:
             continue
-        episode = with_poses(episode)
-        start = episode.snapshot()
+        start = episode.with_poses().snapshot()
         snapshots.append(
             replace(
                 start,

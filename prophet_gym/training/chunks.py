@@ -77,9 +77,16 @@ class ChunkSampler:
         rng = np.random.default_rng([config.loop.seed, 1, step])
         if length is None:
             length = self.draw_length(rng)
-        episodes, starts = self.draw(rng, batch_size, length)
-        waiting = np.minimum(2 * (rng.random(batch_size) < 0.2), starts)
-        return self.gather(episodes, starts, length, waiting, self.draw_age(rng, (starts - waiting) // 4))
+        episodes, starts, waiting, age = self.place(rng, batch_size, length)
+        return self.gather(episodes, starts, length, waiting, age)
+
+    def place(
+        self, rng: np.random.Generator, count: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Episodes, starts, waiting frames and ages, (count,) each, of clips of ``length`` commands: see ``gather``."""
+        episodes, starts = self.draw(rng, count, length)
+        waiting = np.minimum(2 * (rng.random(count) < 0.2), starts)
+        return episodes, starts, waiting, self.draw_age(rng, (starts - waiting) // 4)
 
     def draw_length(self, rng: np.random.Generator) -> int:
         """Number of commands of a batch."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
+from ..data.cards import Fit
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
 from ..data.windows import EpisodeWindows
@@ -71,9 +72,11 @@ class ClipSource:
     """Commands of a clip. Longer episodes give overlapping clips, shorter ones are left out; by default all episodes
     have one length."""
     image_size: tuple[int, int] | None = None
-    """Height and width that images are stretched to, multiples of 16; by default they stay as they are."""
+    """Height and width that images are brought to, multiples of 16; by default they stay as they are."""
     episodes: tuple[int, int] | None = None
     """First episode and the one after the last; by default all."""
+    fit: Fit = "stretch"
+    """How images come to their size: "stretch", or "pad_or_crop" at the right height (paper 4.1.1)."""
 
     def open(self, root: str | Path) -> EpisodeSequence:
         """Return the clips of a data set of any format, as a lazy sequence of episodes.
@@ -87,7 +90,7 @@ class ClipSource:
         if self.clip_length is None and self.image_size is None:
             return episodes
         length = self.clip_length or min(len(episode) for episode in episodes)
-        windows = EpisodeWindows(episodes, length, image_size=self.image_size)
+        windows = EpisodeWindows(episodes, length, image_size=self.image_size, fit=self.fit)
         if windows.left_out:
             logger.warning(
                 "%s: %d of %d episodes are shorter than %d commands and left out: %s",

@@ -1,7 +1,8 @@
 """The training loop shared by codec, world model and their fine-tuning: steps, logs, checkpoints, resume.
 
 Randomness is stateless: step i draws from generators seeded with (seed, i), so that a resumed run sees the batches and
-the noise that the interrupted run would have seen and ends with the same bits on the CPU.
+the noise that the interrupted run would have seen and ends with the same bits on the CPU. A checkpoint holds whole
+tensors, however many processes trained and whether they shared the parameters out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..strict_json import to_json
+from .parallel import gathered, keep_gradients, shard_as, shard_optimizer_state
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
             use_muon = config.muon_learning_rate > 0 and parameter.ndim == 2 and "transformer_blocks" in name
             (matrices if use_muon else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+        torch.optim.AdamW(
+            others, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
+        )
     ]
     if matrices:
         optimizers.append(
@@ -144,6 +149,8 @@ def train_loop(
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    accumulation: int = 1,
 ) -> nn.Module:
     """Train ``model`` and return it with its averaged (EMA) weights.
 
@@ -151,7 +158,8 @@ def train_loop(
 
     Args:
         model: the network.
-        loss_fn: maps (wrapped model, step) to the loss and numbers to log; all its randomness follows from the step.
+        loss_fn: maps (wrapped model, micro-batch) to the loss and numbers to log; all its randomness follows from the
+            number of the micro-batch, which is that of the step where there is one a step.
         config: optimisation and bookkeeping.
         run: run folder; gets ``metrics.jsonl`` and ``checkpoints/last.pt``.
         accelerator: devices, mixed precision, gradient scaling.
@@ -159,39 +167,54 @@ def train_loop(
         evaluate: called with the averaged model and the step; its numbers are logged.
         stop: asked after each evaluation but the last; True ends the run there.
         progress: show a bar with the remaining time.
+        wrap: puts the model on the devices of all processes (:func:`.parallel.distribute`); by default there is one.
+        accumulation: micro-batches of a step, whose gradients are averaged.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint stays usable.
+        ValueError: several processes without ``wrap``, or a checkpoint of other settings.
     """
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and wrap is None:
         raise ValueError(
-            f"{accelerator.num_processes} processes; this loop trains on one device, start it without a launcher"
+            f"{accelerator.num_processes} processes; this run takes one device, start it without a launcher "
+            "(`prophet train pretrain` takes many)"
         )
     path = run / "checkpoints" / "last.pt"
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    saved: dict[str, Any] = {}
+    if resume and path.exists():
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        _load_trained(model, saved["model"], frozen, path)
+    wrapped = accelerator.prepare_model(model) if wrap is None else wrap(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = build_optimizers(model, config)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
-    start = 0
-    if resume and path.exists():
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        _load_trained(model, saved["model"], frozen, path)
-        ema.load_state_dict(saved["ema"])
+    start = saved.get("step", 0)
+    if saved:
+        averages = [shard_as(value, p) for value, p in zip(saved["ema"]["shadow_params"], trained, strict=True)]
+        ema.load_state_dict({**saved["ema"], "shadow_params": averages})
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start = saved["step"]
-        forget_after(run / "metrics.jsonl", start)
+            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+        if accelerator.is_main_process:
+            forget_after(run / "metrics.jsonl", start)
+        saved.clear()
     ema.to(accelerator.device)
-    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
 
     def save(step: int) -> None:
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        tensors = {name: value for name, value in model.state_dict().items() if name not in frozen}
+        whole = gathered({"step": step, "model": tensors, "ema": ema.state_dict(), "optimizers": states})
         if accelerator.is_main_process:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            tensors = {name: value for name, value in model.state_dict().items() if name not in frozen}
-            atomic_save({"step": step, "model": tensors, "ema": ema.state_dict(), "optimizers": states}, path)
+            atomic_save(whole, path)
 
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress, mininterval=5.0)
+    bar = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        disable=not (progress and accelerator.is_main_process),
+        mininterval=5.0,
+    )
     clock, seen, evaluated = time.monotonic(), start, False
     for step in bar:
         factor = config.learning_rate_factor(step)
@@ -199,11 +222,16 @@ def train_loop(
         for group, rate in zip(groups, base_rates, strict=True):
             group["lr"] = rate * factor
         model.train()
-        with accelerator.autocast():
-            loss, numbers = loss_fn(wrapped, step)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss {loss.item()} at step {step}; the last checkpoint is {path}")
-        accelerator.backward(loss)
+        parts = []
+        for micro in range(step * accumulation, (step + 1) * accumulation):
+            last = micro == (step + 1) * accumulation - 1
+            with nullcontext() if last else keep_gradients(wrapped):
+                with accelerator.autocast():
+                    loss, numbers = loss_fn(wrapped, micro)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"loss {loss.item()} at step {step}; the last checkpoint is {path}")
+                accelerator.backward(loss / accumulation)
+            parts.append({"loss": loss.item(), **numbers})
         norm = accelerator.clip_grad_norm_(trained, config.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -212,13 +240,15 @@ def train_loop(
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             now = time.monotonic()
+            samples = (done - seen) * accumulation * accelerator.num_processes * config.batch_size
+            means = _means(parts, accelerator)
             line = {
                 "step": done,
-                "loss": loss.item(),
-                "grad_norm": float(norm),
+                "loss": means.pop("loss"),
+                "grad_norm": float(gathered(norm)),
                 "lr_factor": factor,
-                "samples_per_second": (done - seen) * config.batch_size / (now - clock),
-                **numbers,
+                "samples_per_second": samples / (now - clock),
+                **means,
             }
             clock, seen = now, done
             _log(run, accelerator, line)
@@ -235,7 +265,8 @@ def train_loop(
             if stop is not None and stop():
                 evaluated = True
                 break
-    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    if wrap is None:
+        model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     ema.copy_to(trained)
     model.eval()
     if evaluate is not None and not evaluated:
@@ -249,6 +280,16 @@ def _load_trained(model: nn.Module, tensors: dict[str, Tensor], frozen: set[str]
     missing = sorted(set(report.missing_keys) - frozen)
     if missing or report.unexpected_keys:
         raise ValueError(f"{path}: missing {missing}, unknown {report.unexpected_keys}; resume with the same settings")
+
+
+def _means(parts: list[dict[str, float]], accelerator: Accelerator) -> dict[str, float]:
+    """Mean of each number over the micro-batches of a step that have it, and over processes, which have the same."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    values = [[part[name] for part in parts if name in part] for name in names]
+    means = [sum(known) / len(known) for known in values]
+    if accelerator.num_processes > 1:
+        means = accelerator.reduce(torch.tensor(means, device=accelerator.device), "mean").tolist()
+    return dict(zip(names, means, strict=True))
 
 
 def _log(run: Path, accelerator: Accelerator, line: dict[str, float]) -> None:

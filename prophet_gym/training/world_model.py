@@ -25,8 +25,24 @@ from .self_rollout import SelfRollout
 
 
 def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWorldModel, int], dict[str, float]]:
-    """Open-loop evaluation on the first ``count`` held-out episodes; strips and videos go to RUN/pictures."""
+    """Open-loop evaluation on the first ``count`` held-out episodes; strips and videos go to RUN/pictures.
+
+    Episodes without poses start at the origin, where their commands lead on from; that is enough without action frames.
+
+    Raises:
+        ValueError: fewer than two episodes, or action frames are to be drawn and a camera or poses are missing.
+    """
     episodes = config.source.open(config.validation)[:count]
+    if len(episodes) < 2:
+        raise ValueError(f"{config.validation}: {len(episodes)} episode(s) to evaluate on; expected at least 2")
+    blind = [e.name for e in episodes if e.camera is None or e.eef_pose is None]
+    if blind and config.action_frames != "none":
+        raise ValueError(
+            f"{config.validation}: {len(blind)} of {len(episodes)} episodes have no camera or no poses ({blind[0]}), "
+            f"and action_frames={config.action_frames!r} draws actions; validate on others, or train with "
+            "action_frames='none'"
+        )
+    episodes = [episode.with_poses() for episode in episodes]
     steps = min(40, min(len(episode.actions) for episode in episodes))
 
     def evaluate(world: ProphetWorldModel, step: int) -> dict[str, float]:
