@@ -24,7 +24,7 @@ from .demo import DemoConfig, run_demo
 from .errors import nearest
 from .metrics.evaluate import evaluate_world_model
 from .metrics.report import markdown
-from .registration import WORLDS, resolve_checkpoint
+from .registration import SIMULATOR_ID, WORLDS, resolve_checkpoint
 from .strict_json import to_json
 from .training.plan import PlanConfig, format_plan, plan_pretraining
 from .training.presets import VAE_SMOKE, VAE_TINY, WORLD_MODEL_SMOKE, WORLD_MODEL_TINY
@@ -73,8 +73,11 @@ def record(
     steps: int = 40,
     workers: int = 2,
     mix: dict[str, float] | None = None,
+    env: str = "Tabletop-v0",
+    task: str | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Record Tabletop episodes: scripted successes and failures, in the folder layout of the project.
+    """Record episodes: scripted successes and failures on Tabletop, smooth random motion in other simulators.
 
     Args:
         out: folder of the data set; episodes already there are kept and skipped.
@@ -84,11 +87,23 @@ def record(
         workers: processes.
         mix: behaviours and their shares, for example `half_good 3 drop 1`; by default a third experts, a quarter
             half-good, the others failures and random motion.
+        env: simulator; `prophrl record` records policies in it.
+        task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
+        image_size: side of its images, pixels.
     """
-    from .data.record import DEFAULT_MIX  # needs MuJoCo
+    from .data.record import DEFAULT_MIX, record_wandering  # needs MuJoCo
     from .data.record import record as record_episodes
 
-    made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers, mix=mix or DEFAULT_MIX)
+    if env == SIMULATOR_ID:
+        if task is not None or image_size is not None:
+            raise ValueError(f"{env} has no --task and --image-size; they are for simulators with several tasks")
+        made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers, mix=mix or DEFAULT_MIX)
+    elif mix is not None:
+        raise ValueError(f"--mix names Tabletop's scripts; {env} has none, only random motion")
+    else:
+        given: dict[str, Any] = {"task": task, "image_size": image_size}
+        given = {name: value for name, value in given.items() if value is not None}
+        made = record_wandering(out, episodes, seed, workers, steps, env_id=env, **given)
     print(f"{made} episodes recorded, {episodes} in {out}")
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from .errors import MissingCheckpointError, nearest
+from .interfaces import INTERFACES, SINGLE_COMMAND, default_autoreset, present, require_interface
+from .simulators import SIMULATORS, make_vector_simulator
 from .weights import locate_weights
 
 if TYPE_CHECKING:
@@ -39,14 +41,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 SIMULATOR_ID = "Tabletop-v0"
-SINGLE_COMMAND = {
-    "simpler": "simpler:SimplerEnv",
-    "maniskill": "maniskill:ManiSkillEnv",
-    "libero": "libero:LiberoEnv",
-    "lerobot": "lerobot:LeRobotVectorEnv",
-}
-"""Interfaces of other projects, one command a step: where each lives in :mod:`prophet_gym.compat`."""
-INTERFACES = ("chunk", "flat", *SINGLE_COMMAND)
+"""The simulator that comes with the package; :data:`prophet_gym.simulators.SIMULATORS` has all."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ _BARE: dict[str, Any] = {"order_enforce": False, "disable_env_checker": True}
 
 
 def register_worlds() -> None:
-    """Registers the worlds and the simulator with Gymnasium; called when :mod:`prophet_gym` is imported."""
+    """Registers the worlds and the simulators with Gymnasium; called when :mod:`prophet_gym` is imported."""
     for env_id in WORLDS:
         gym.register(
             env_id,
@@ -103,12 +98,14 @@ def register_worlds() -> None:
             kwargs={"env_id": env_id},
             **_BARE,
         )
-    gym.register(
-        SIMULATOR_ID,
-        entry_point="prophet_gym.registration:make_simulator",
-        vector_entry_point="prophet_gym.registration:make_vector_simulator",
-        **_BARE,
-    )
+    for env_id in SIMULATORS:
+        gym.register(
+            env_id,
+            entry_point="prophet_gym.simulators:make_simulator",
+            vector_entry_point="prophet_gym.simulators:make_vector_simulator",
+            kwargs={"env_id": env_id},
+            **_BARE,
+        )
 
 
 def find_world(env_id: str) -> World:
@@ -170,7 +167,7 @@ def make_world(
     from .compat.flat import FlatEnv
     from .env import ProphetEnv
 
-    _require_interface(interface, action_buffer)
+    require_interface(interface, action_buffer)
     if interface in SINGLE_COMMAND:
         engine = make_vector_world(
             env_id,
@@ -187,7 +184,7 @@ def make_world(
             render_mode=render_mode,
             autoreset_mode="Disabled",
         )
-        return _present(interface, engine, action_buffer)
+        return present(interface, engine, action_buffer)
     world = find_world(env_id)
     world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype, image_size)
     env = ProphetEnv(
@@ -229,7 +226,7 @@ def make_vector_world(
     from .compat.flat import FlatVectorEnv
     from .vector_env import ProphetVectorEnv
 
-    _require_interface(interface, action_buffer, batch=True)
+    require_interface(interface, action_buffer, batch=True)
     world = find_world(env_id)
     world_model, parts = _load(world, checkpoint, snapshots, judge, device, dtype, image_size)
     env = ProphetVectorEnv(
@@ -240,11 +237,11 @@ def make_vector_world(
         chunk_length=world.chunk_length if chunk_length is None else chunk_length,
         num_inference_steps=num_inference_steps,
         render_mode=render_mode,
-        autoreset_mode=_autoreset(interface, autoreset_mode),
+        autoreset_mode=default_autoreset(interface, autoreset_mode),
         **parts,
     )
     if interface == "lerobot":
-        return _present(interface, env, action_buffer)
+        return present(interface, env, action_buffer)
     return FlatVectorEnv(env) if interface == "flat" else env
 
 
@@ -254,13 +251,13 @@ def make_chunk_engine(
     """Makes what the interfaces of single commands stand on: a chunk vector environment.
 
     Args:
-        env_id: a key of :data:`WORLDS`, or ``"Tabletop-v0"``.
+        env_id: a key of :data:`WORLDS` or :data:`prophet_gym.simulators.SIMULATORS`.
         num_envs: slots.
         autoreset_mode: "Disabled", or "SameStep" for loops that expect slots to restart.
         options: of :func:`make_world`, without ``interface``; success is judged after every chunk by default.
     """
-    if env_id == SIMULATOR_ID:
-        return make_vector_simulator(num_envs, autoreset_mode=autoreset_mode, **options)
+    if env_id in SIMULATORS:
+        return make_vector_simulator(env_id, num_envs, autoreset_mode=autoreset_mode, **options)
     options = {"judge_every_chunk": True, **options}
     return make_vector_world(env_id, num_envs, autoreset_mode=autoreset_mode, **options)
 
@@ -282,46 +279,6 @@ def resolve_checkpoint(world: World, checkpoint: str | Path | None) -> Path:
         return locate_weights(checkpoint, ASSETS, "prophet.json")
     except ValueError as error:
         raise MissingCheckpointError(f"No checkpoint {error} {_remedy(world)}") from error
-
-
-def make_simulator(interface: str = "chunk", action_buffer: str | None = None, **options: Any) -> gym.Env:
-    """Makes the ground truth of Prophet-Tabletop; ``gym.make("Tabletop-v0", ...)`` ends here.
-
-    Args:
-        interface: as in :func:`make_world`.
-        action_buffer: as in :func:`make_world`.
-        options: of :class:`prophet_gym.sims.tabletop_env.TabletopEnv`.
-    """
-    from .compat.flat import FlatEnv
-    from .sims.tabletop_env import TabletopEnv
-
-    _require_interface(interface, action_buffer)
-    if interface in SINGLE_COMMAND:
-        return _present(interface, make_chunk_engine(SIMULATOR_ID, **options), action_buffer)
-    twin = WORLDS["Prophet-Tabletop-v0"]
-    env = TabletopEnv(**{"chunk_length": twin.chunk_length, "horizon": twin.horizon, **options})
-    return FlatEnv(env) if interface == "flat" else env
-
-
-def make_vector_simulator(
-    num_envs: int = 1,
-    *,
-    interface: str = "chunk",
-    action_buffer: str | None = None,
-    autoreset_mode: AutoresetMode | str | None = None,
-    **options: Any,
-) -> VectorEnv:
-    """Makes a batch of simulators; ``gym.make_vec("Tabletop-v0", num_envs, ...)`` ends here."""
-    from .arguments import parse_autoreset_mode
-    from .compat.flat import FlatVectorEnv
-    from .sims.vector import make_sync_vector_env
-
-    _require_interface(interface, action_buffer, batch=True)
-    mode = parse_autoreset_mode(_autoreset(interface, autoreset_mode))
-    env = make_sync_vector_env(lambda: make_simulator(**options), num_envs, mode)
-    if interface == "lerobot":
-        return _present(interface, env, action_buffer)
-    return FlatVectorEnv(env) if interface == "flat" else env
 
 
 def _load(
@@ -378,31 +335,6 @@ def _require_conventions(world: World, world_model: WorldModel) -> None:
             f"{world.id} speaks {world.action_spec!r} actions, but this checkpoint was trained with "
             f"{', '.join(differing)}. Use the id of the checkpoint's own robot, or ProphetEnv(world_model, ...)."
         )
-
-
-def _require_interface(interface: str, action_buffer: str | None, batch: bool = False) -> None:
-    if interface not in INTERFACES:
-        raise ValueError(f"interface={interface!r}: expected one of {INTERFACES}.{nearest(interface, INTERFACES)}")
-    if interface not in SINGLE_COMMAND and action_buffer is not None:
-        raise ValueError(f"action_buffer={action_buffer!r}: interface={interface!r} takes whole chunks; leave it out.")
-    if interface in SINGLE_COMMAND and batch != (interface == "lerobot"):
-        call = "gym.make_vec" if interface == "lerobot" else "gym.make, or num_envs= of compat.maniskill.make"
-        raise ValueError(f"interface={interface!r} does not exist here: expected {call}.")
-
-
-def _autoreset(interface: str, autoreset_mode: AutoresetMode | str | None) -> AutoresetMode | str:
-    if autoreset_mode is not None:
-        return autoreset_mode
-    return "SameStep" if interface == "lerobot" else "NextStep"
-
-
-def _present(interface: str, engine: VectorEnv, action_buffer: str | None) -> Any:
-    """Puts the interface of another project on a chunk engine."""
-    from importlib import import_module
-
-    module, name = SINGLE_COMMAND[interface].split(":")
-    make = getattr(import_module(f".compat.{module}", __package__), name)
-    return make(engine, action_buffer=action_buffer or "immediate")
 
 
 def _remedy(world: World) -> str:

@@ -82,8 +82,11 @@ def record(
     noisy_share: float = 0.5,
     noise_level: float = 0.5,
     workers: int = 2,
+    env: str = "Tabletop-v0",
+    task: str | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Record what a policy does on Tabletop, for the training of a world model and its judge.
+    """Record what a policy does in a simulator, for the training of a world model and its judge.
 
     Args:
         out: folder of the data set; episodes already there are kept and skipped.
@@ -94,9 +97,14 @@ def record(
         noisy_share: share of the episodes in which the policy explores as it does while it learns.
         noise_level: noise a of the flow SDE in those.
         workers: processes.
+        env: simulator.
+        task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
+        image_size: side of its images, pixels; the policy's.
     """
     from prophrl_agents.record import record_policy  # needs MuJoCo
 
+    given: dict[str, Any] = {"task": task, "image_size": image_size}
+    given = {name: value for name, value in given.items() if value is not None}
     made = record_policy(
         out,
         policy,
@@ -106,6 +114,8 @@ def record(
         noisy_share=noisy_share,
         noise_level=noise_level,
         workers=workers,
+        env_id=env,
+        **given,
     )
     print(f"{made} episodes recorded, {episodes} in {out}")
 

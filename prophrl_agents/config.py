@@ -39,6 +39,10 @@ class WorldConfig:
     """World model: a folder, a packaged name or a hub id."""
     judge: str | None = None
     """Folder of the judge that rewards imagined rollouts."""
+    task: str | None = None
+    """Task of simulators that have several (LIBERO, SimplerEnv): number or name; None draws one for every rollout."""
+    image_size: int | None = None
+    """Side of the images of these simulators, pixels; the policy's."""
 
 
 @dataclass(frozen=True)

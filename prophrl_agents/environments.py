@@ -8,8 +8,9 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import prophet_gym
-from prophet_gym.registration import SIMULATOR_ID, WORLDS
+from prophet_gym.registration import WORLDS
 from prophet_gym.sims.vector import make_sync_vector_env
+from prophet_gym.simulators import SIMULATORS
 from prophrl_agents.config import WorldConfig
 
 gym.register_envs(prophet_gym)
@@ -20,9 +21,10 @@ __all__ = ["make_environment"]
 def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, device: str = "cpu") -> VectorEnv:
     """Makes ``world.num_envs`` slots that hold still when their episodes end.
 
-    World models get every setting, simulators ``horizon`` and ``chunk_length``; what is None is left to the
-    registration. Environments of other projects get what is set of these two, and run one slot after the other (give
-    the trainer an environment of your own for more).
+    World models get every setting of theirs, simulators ``horizon`` and ``chunk_length``, and ``task`` and
+    ``image_size`` where they have tasks; what is None is left to the registration. Environments of other projects get
+    what is set of ``horizon`` and ``chunk_length``, and run one slot after the other (give the trainer an environment
+    of your own for more).
 
     Args:
         env_id: registered with Gymnasium, ``module:id`` imports the module first.
@@ -37,13 +39,15 @@ def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, devi
         spec = gym.spec(env_id)
     except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
         raise ValueError(f"no environment {env_id!r}: {error} Use 'module:id' for one of your own") from error
-    ours = spec.id in WORLDS or spec.id == SIMULATOR_ID
+    ours = spec.id in WORLDS or spec.id in SIMULATORS
     options: dict[str, Any] = {"horizon": world.horizon, "chunk_length": world.chunk_length}
     if ours:
         options["chunk_length"] = options["chunk_length"] or chunk_length
     if spec.id in WORLDS:
         names = ("num_inference_steps", "dtype", "checkpoint", "judge")
         options |= {name: getattr(world, name) for name in names} | {"device": device}
+    elif ours and SIMULATORS[spec.id].has_tasks:
+        options |= {"task": world.task, "image_size": world.image_size}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         if not ours and spec.entry_point is not None:

@@ -19,6 +19,7 @@ import tyro
 from gymnasium.vector import VectorEnv
 
 from prophet_gym.data.video import write_video
+from prophet_gym.simulators import SIMULATORS
 from prophet_gym.strict_json import to_json
 from prophrl_agents.batch import Start
 from prophrl_agents.evaluate import Comparison, Evaluation, agreement, compare, evaluate_policy, evaluate_starts
@@ -59,6 +60,10 @@ class EvalConfig:
     """Rollouts side by side; the results do not depend on it."""
     device: str = "cpu"
     """Of the policy and the world model, as in torch."""
+    task: str | None = None
+    """Task of a simulator that has several (LIBERO, SimplerEnv): number or name; None: the seeds choose."""
+    horizon: int | None = None
+    """Commands after which a rollout ends; by default the environment's."""
     out: Path = Path("runs/eval")
     """Folder of evaluation.json and the videos; files of an earlier evaluation are replaced."""
 
@@ -80,7 +85,7 @@ def run_eval(config: EvalConfig) -> str:
     policies = {name: SmallFlowPolicy.from_pretrained(path, device=config.device) for name, path in folders.items()}
     starts = evaluate_starts(config.n, config.seed)
     if config.simulator is not None:
-        starts = simulator_starts(config.simulator, starts)
+        starts = simulator_starts(config.simulator, starts, **_options(config.simulator, config, policies["policy"]))
     chunk_length = max(policy.chunk_length for policy in policies.values())
     config.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Evaluation]] = {name: {} for name in policies}
@@ -95,6 +100,7 @@ def run_eval(config: EvalConfig) -> str:
             autoreset_mode="Disabled",
             chunk_length=chunk_length,
             **device,
+            **_options(env_id, config, policies["policy"]),
         )
         for name, policy in policies.items():
             results[name][place] = _evaluate(policy, env, starts, config, config.out / f"{name}_{place}.mp4")
@@ -120,13 +126,13 @@ def run_eval(config: EvalConfig) -> str:
     return _table(config, results, comparisons, agreements)
 
 
-def simulator_starts(simulator: str, starts: Sequence[Start]) -> list[Start]:
-    """Returns the starts with the snapshots that a simulator gives at their seeds.
+def simulator_starts(simulator: str, starts: Sequence[Start], **options: Any) -> list[Start]:
+    """Returns the starts with the snapshots that a simulator, made with these options, gives at their seeds.
 
     Raises:
         ValueError: the simulator has no ``snapshot(name)``.
     """
-    env: Any = gym.make(simulator)
+    env: Any = gym.make(simulator, **options)
     if not hasattr(env.unwrapped, "snapshot"):
         raise ValueError(
             f"simulator {simulator!r} has no snapshot(name) to start a world model from; give None instead"
@@ -215,6 +221,14 @@ def _evaluate(
         evaluation.frames[shown], video, success=evaluation.success[shown], valid=evaluation.valid[shown], fps=fps
     )
     return dataclasses.replace(evaluation, frames=())
+
+
+def _options(env_id: str, config: EvalConfig, policy: SmallFlowPolicy) -> dict[str, Any]:
+    """Settings of one environment; a simulator with tasks shows images of the policy's size."""
+    options: dict[str, Any] = {"horizon": config.horizon}
+    if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
+        options |= {"task": config.task, "image_size": policy.config.image_size}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _fields(config: EvalConfig) -> dict[str, Any]:

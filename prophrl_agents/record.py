@@ -1,4 +1,4 @@
-"""Recording of what a policy does on Tabletop, as episodes that world models and judges can learn from.
+"""Recording of what a policy does in a simulator, as episodes that world models and judges can learn from.
 
 A world model that has never seen a policy's mistakes imagines them away, and the policy then learns to make them.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from prophet_gym.data.episode import Episode
-from prophet_gym.data.record import play, record_set
+from prophet_gym.data.record import open_simulator, play, record_set
 from prophet_gym.observations import make_observation
-from prophet_gym.sims.tabletop import TabletopSim
+from prophet_gym.sims.simulator import Simulator
 from prophrl_agents.policies.small import SmallFlowPolicy
 
 __all__ = ["record_policy"]
@@ -32,6 +33,8 @@ def record_policy(
     noise_level: float = 0.5,
     workers: int = 2,
     progress: bool = True,
+    env_id: str = "Tabletop-v0",
+    **options: Any,
 ) -> int:
     """Record a policy's episodes with seeds ``seed`` to ``seed + episodes - 1``; those already there are skipped.
 
@@ -40,7 +43,7 @@ def record_policy(
 
     Args:
         out: folder of the set, made if absent.
-        policy: folder of a policy for Tabletop.
+        policy: folder of a policy for that simulator.
         episodes: size of the complete set.
         seed: seed of the first episode.
         steps: commands per episode.
@@ -48,23 +51,30 @@ def record_policy(
         noise_level: noise a of the flow SDE in those.
         workers: processes; 0 records in this one.
         progress: show a progress bar with the remaining time.
+        env_id: a key of ``prophet_gym.simulators.SIMULATORS``.
+        options: of the simulator, such as ``task`` and ``image_size``.
 
     Returns:
         Number of episodes recorded now.
 
     Raises:
-        ValueError: counts or shares out of range, or no policy for Tabletop in that folder.
+        MissingExtraError: the simulator's project is not installed, or lacks assets.
+        ValueError: counts or shares out of range, or no policy for that simulator in that folder.
     """
     if steps < 1 or not 0.0 <= noisy_share <= 1.0:
         raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
     found = _load(str(policy), noise_level)
-    if found.action_dim != TabletopSim.action_spec.action_dim:
+    simulator = partial(open_simulator, env_id, **options)
+    sim = simulator()
+    dimensions, size = sim.action_spec.action_dim, sim.image_size
+    sim.close()
+    if found.action_dim != dimensions or size != (found.config.image_size, found.config.image_size):
         raise ValueError(
-            f"the policy in {policy} gives commands of {found.action_dim} numbers, Tabletop takes "
-            f"{TabletopSim.action_spec.action_dim}"
+            f"the policy in {policy} gives commands of {found.action_dim} numbers from images of "
+            f"{found.config.image_size} pixels; {env_id} takes {dimensions} and shows {size}. Give image_size"
         )
     make = partial(_play_policy, policy=str(policy), steps=steps, noisy_share=noisy_share, noise_level=noise_level)
-    return record_set(out, episodes, seed, make, workers, progress)
+    return record_set(out, episodes, seed, make, workers, progress, simulator)
 
 
 @lru_cache(maxsize=1)
@@ -77,7 +87,7 @@ def _load(folder: str, noise_level: float) -> SmallFlowPolicy:
 
 
 def _play_policy(
-    sim: TabletopSim, seed: int, *, policy: str, steps: int, noisy_share: float, noise_level: float
+    sim: Simulator, seed: int, *, policy: str, steps: int, noisy_share: float, noise_level: float
 ) -> Episode:
     actor = _load(policy, noise_level)
     actor.reset()
@@ -85,8 +95,8 @@ def _play_policy(
     noisy = bool(rng.random() < noisy_share)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
 
-    def act(sim: TabletopSim) -> np.ndarray:
-        seen = make_observation(sim.render(), sim.commanded_pose, sim.gripper)
+    def act(sim: Simulator) -> np.ndarray:
+        seen = make_observation(sim.render(), sim.eef_pose, sim.gripper)
         batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [sim.instruction]}
         return actor.select_action(batch, generator, "sde" if noisy else "ode")[0].numpy()
 

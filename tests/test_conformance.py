@@ -102,6 +102,12 @@ def shared(image: np.ndarray) -> np.ndarray:
     return SHARED
 
 
+def turned(pose: np.ndarray) -> np.ndarray:
+    """The same pose in a world that is turned by 180 degrees about z."""
+    (x, y, z), (w, i, j, k) = pose[:3], pose[3:]
+    return np.array([-x, -y, z, -k, -j, i, w])
+
+
 RGB, TCP = ("image", CAMERA, "rgb"), ("extra", "tcp_pose")
 FAULTS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "gripper inverted": ("simpler", {"action": negated(-1)}, {"gripper"}),
@@ -117,6 +123,9 @@ FAULTS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         "simpler",
         {"out": observed(*TCP, change=lambda p: np.concatenate([p[:3], np.roll(p[3:], -1)]))},
         {"+yaw", "-yaw"},
+    ),
+    "a turned world that base_pose does not tell of": (
+        "simpler", {"out": observed(*TCP, change=lambda p: turned(p))}, {"+x", "-x", "+y", "-y"}
     ),
     "images as floats": ("simpler", {"out": observed(*RGB, change=lambda i: i / 255)}, {"image"}),
     "images without the camera's size": ("simpler", {"out": observed(*RGB, change=lambda i: i[::2])}, {"image"}),
@@ -198,6 +207,14 @@ def test_time_and_success_that_end_too_early_are_found(tiny_checkpoint: Path) ->
     assert rules["stepping on after success"].holds is False
     assert "the episode is over" in rules["stepping on after success"].seen
     assert table(made("simpler", tiny_checkpoint, success=False), "simpler")["stepping on after success"].holds is None
+
+
+def test_poses_of_simplerenv_are_read_in_the_frame_of_its_base(tiny_checkpoint: Path) -> None:
+    def turn(values: Any) -> Any:
+        observed(*TCP, change=turned)(values)
+        return observed("agent", "base_pose", change=turned)(values)
+
+    assert not broken(Altered(made("simpler", tiny_checkpoint), out=turn), "simpler")
 
 
 def test_the_trained_world_is_upside_down_for_libero(monkeypatch: pytest.MonkeyPatch) -> None:

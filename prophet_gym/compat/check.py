@@ -9,6 +9,7 @@ import gymnasium as gym
 
 from ..checker import check_world_env
 from ..registration import ASSETS, SIMULATOR_ID
+from ..simulators import SIMULATORS
 from ..snapshot import SnapshotSet
 from .conformance import PROBES, conformance, format_conformance
 from .libero import HORIZON as LIBERO_HORIZON
@@ -44,7 +45,7 @@ def check_environment(
         options = {"snapshots": SnapshotSet.load(ASSETS / "tabletop" / "snapshots"), **options}
     if interface in PROBES:
         given: dict[str, Any] = {"horizon": LIBERO_HORIZON if interface == "libero" else HORIZON}
-        if env_id != SIMULATOR_ID:  # which is its own judge
+        if env_id not in SIMULATORS:  # which are their own judges
             # What follows a success is to be seen, where it does not end the episode.
             given["judge"] = lambda frames, instruction: interface != "lerobot"
         if interface == "lerobot":

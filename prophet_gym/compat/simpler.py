@@ -44,6 +44,10 @@ IMAGE_SIZE = (480, 640)
 aspect: worlds learn from frames that were squeezed from it."""
 _OPEN, _CLOSED = 0.037, 0.015  # m, each finger of a WidowX
 
+BASE_POSE = np.array([0, 0, 0, 1, 0, 0, 0], np.float32)
+"""Position and quaternion w x y z of the robot's base: the poses of a world are in its frame. SimplerEnv's ``tcp_pose``
+is in a world where the base is turned by 180° about z; take ``base_pose``'s inverse times it, in both."""
+
 ACTION_SPEC = ActionSpec(
     delta="servo",
     rotation="axis_angle",
@@ -76,10 +80,11 @@ class SimplerEnv(gym.Env):
     """A world as SimplerEnv's ManiSkill2 environments look and behave.
 
     Observation: ``obs["image"]["3rd_view_camera"]["rgb"]`` (480, 640, 3) uint8, ``obs["agent"]["qpos"]`` (8),
-    ``obs["extra"]["tcp_pose"]`` (7, position and quaternion w x y z) and ``obs["camera_param"]``. Action: ``Box(7)``,
-    see :data:`ACTION_SPEC`. ``terminated`` is the latest verdict and ends nothing: stepping goes on and success may be
-    lost again; ``truncated`` is the time limit alone. ``info`` has SimplerEnv's keys beside the world's own, and
-    ``stale`` and ``clipped`` (:class:`prophet_gym.compat.single_step.SingleStepVectorEnv`).
+    ``obs["agent"]["base_pose"]`` and ``obs["extra"]["tcp_pose"]`` (7, position and quaternion w x y z) and
+    ``obs["camera_param"]``. Action: ``Box(7)``, see :data:`ACTION_SPEC`. ``terminated`` is the latest verdict and ends
+    nothing: stepping goes on and success may be lost again; ``truncated`` is the time limit alone. ``info`` has
+    SimplerEnv's keys beside the world's own, and ``stale`` and ``clipped``
+    (:class:`prophet_gym.compat.single_step.SingleStepVectorEnv`).
 
     Args:
         engine: a chunk engine of one slot with autoreset disabled.
@@ -102,7 +107,9 @@ class SimplerEnv(gym.Env):
             intrinsic_cv=unit.Box(-np.inf, np.inf, (3, 3), real),
         )
         self.observation_space = unit.Dict(
-            agent=unit.Dict(qpos=unit.Box(-np.inf, np.inf, (8,), real)),
+            agent=unit.Dict(
+                qpos=unit.Box(-np.inf, np.inf, (8,), real), base_pose=unit.Box(-np.inf, np.inf, (7,), real)
+            ),
             extra=unit.Dict(tcp_pose=unit.Box(-np.inf, np.inf, (7,), real)),
             camera_param=unit.Dict({CAMERA: view}),
             image=unit.Dict({CAMERA: unit.Dict(rgb=unit.Box(0, 255, (*IMAGE_SIZE, 3), np.uint8))}),
@@ -171,7 +178,7 @@ class SimplerEnv(gym.Env):
 
     def _observe(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         return {
-            "agent": {"qpos": joint_positions(observation["state"])[0]},
+            "agent": {"qpos": joint_positions(observation["state"])[0], "base_pose": BASE_POSE.copy()},
             "extra": {"tcp_pose": tcp_pose(observation["state"])[0]},
             "camera_param": {CAMERA: camera_param(self._camera)},
             "image": {CAMERA: {"rgb": resized(observation["image"][0])}},

@@ -1,8 +1,10 @@
-"""Recording of training sets on Tabletop: scripted behaviours in, a folder of episodes out.
+"""Recording of training sets in simulators: behaviours in, a folder of episodes out.
 
-An episode is a pure function of its seed and the mix, so a set can be stopped and resumed, extended, or split over
-machines. Its images are rendered from the states that the commands led to; poses are the commanded ones, as the world
-model sees them. An episode of 40 commands costs about 110 ms of CPU time with software rendering.
+On Tabletop, scripted ones; in other simulators smooth random motion, or a policy (``prophrl record``). An episode is a
+pure function of its seed and the mix, so a set can be stopped and resumed, extended, or split over machines. Its images
+are rendered from the states that the commands led to; poses are the simulator's ``eef_pose``: the commanded ones on
+Tabletop, as the world model sees them, and measured ones elsewhere. An episode of 40 commands on Tabletop costs about
+110 ms of CPU time with software rendering.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +23,10 @@ from tqdm import tqdm
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
 from prophet_gym.sims.expert import BEHAVIOURS, FAILURES, ScriptedExpert, sample_config
+from prophet_gym.sims.simulator import Simulator
 from prophet_gym.sims.tabletop import TabletopSim
+from prophet_gym.sims.wander import Wanderer
+from prophet_gym.simulators import make_simulator
 from prophet_gym.snapshot import SnapshotSet
 
 DEFAULT_MIX: Mapping[str, float] = {
@@ -62,20 +68,18 @@ def record_episode(sim: TabletopSim, seed: int, *, steps: int = 40, behaviour: s
     return play(sim, seed, expert.act, steps=steps, behaviour=behaviour)
 
 
-def play(
-    sim: TabletopSim, seed: int, act: Callable[[TabletopSim], np.ndarray], *, steps: int, behaviour: str
-) -> Episode:
+def play(sim: Any, seed: int, act: Callable[[Any], np.ndarray], *, steps: int, behaviour: str) -> Episode:
     """Play an episode from the simulator's present state.
 
     Args:
-        sim: The simulator, at the start of the episode.
+        sim: A :class:`prophet_gym.sims.simulator.Simulator`, at the start of the episode.
         seed: Names the episode.
         act: Gives the next native command (7,).
         steps: Commands to play.
         behaviour: What is acting, for the episode's metadata.
 
     Returns:
-        The episode, with labels as :func:`record_episode` gives them.
+        The episode, with the simulator's labels and ``success`` (T+1,) bool.
     """
     start = sim.get_state()
     commands, rows = [], [_observe(sim)]
@@ -98,7 +102,7 @@ def play(
         labels=columns,
         name=episode_name(seed),
         simulator_state=start,
-        metadata={"behaviour": behaviour, "task": sim.task, "seed": seed, "sim": "Tabletop-v0"},
+        metadata={"behaviour": behaviour, "task": sim.task, "seed": seed, "sim": sim.name},
     )
 
 
@@ -143,9 +147,10 @@ def record_set(
     out: str | os.PathLike[str],
     episodes: int,
     seed: int,
-    make: Callable[[TabletopSim, int], Episode],
+    make: Callable[[Any, int], Episode],
     workers: int = 2,
     progress: bool = True,
+    simulator: Callable[[], Simulator] = TabletopSim,
 ) -> int:
     """Write the episodes that ``make`` plays for ``episodes`` seeds from ``seed``; those already there are skipped.
 
@@ -156,6 +161,7 @@ def record_set(
         make: Maps a simulator and a seed to an episode; it is pickled to the workers.
         workers: Processes; 0 records in this one.
         progress: Show a progress bar with the remaining time.
+        simulator: Makes the simulator of a process; it is pickled to the workers.
 
     Returns:
         Number of episodes recorded now.
@@ -176,10 +182,10 @@ def record_set(
     with tqdm(total=len(missing), desc=f"recording {folder.name}", unit="episode", disable=quiet) as bar:
         if workers == 0:
             for batch in batches:
-                bar.update(_record_batch(folder, batch, make))
+                bar.update(_record_batch(folder, batch, make, simulator))
             return len(missing)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            tasks = [pool.submit(_record_batch, folder, batch, make) for batch in batches]
+            tasks = [pool.submit(_record_batch, folder, batch, make, simulator) for batch in batches]
             try:
                 for task in as_completed(tasks):
                     bar.update(task.result())
@@ -220,31 +226,82 @@ def choose_behaviour(seed: int, mix: Mapping[str, float]) -> str:
     return str(np.random.default_rng((seed, 2)).choice(names, p=shares / shares.sum()))
 
 
-def _observe(sim: TabletopSim) -> dict[str, np.ndarray]:
+def _observe(sim: Simulator) -> dict[str, np.ndarray]:
     return {
         "frame": sim.render(),
-        "eef_pose": sim.commanded_pose.copy(),
+        "eef_pose": sim.eef_pose.copy(),
         "gripper": sim.gripper.copy(),
-        "block_px": sim.block_px(),
-        "distractor_px": sim.distractor_px(),
-        "block_visible": np.asarray(sim.block_visible, np.int64),
-        "block_pos": sim.block_pos,
+        **sim.labels(),
         "success": np.asarray(sim.is_success(), bool),
     }
+
+
+def record_wandering(
+    out: str | os.PathLike[str],
+    episodes: int,
+    seed: int = 0,
+    workers: int = 2,
+    steps: int = 40,
+    *,
+    env_id: str,
+    progress: bool = True,
+    **options: Any,
+) -> int:
+    """Record smooth random motion in any registered simulator; episodes already there are skipped.
+
+    Args:
+        out: Folder of the set, made if absent.
+        episodes: Size of the complete set.
+        seed: Seed of the first episode.
+        workers: Processes; 0 records in this one.
+        steps: Commands per episode.
+        env_id: A key of ``prophet_gym.simulators.SIMULATORS``.
+        progress: Show a progress bar with the remaining time.
+        options: Of the simulator, such as ``task`` and ``image_size``.
+
+    Returns:
+        Number of episodes recorded now.
+
+    Raises:
+        MissingExtraError: The simulator's project is not installed, or lacks assets.
+        ValueError: Counts are out of range, or an unknown simulator or option.
+    """
+    if steps < 1:
+        raise ValueError(f"record_wandering() got steps={steps}; expected at least 1.")
+    make = partial(_wandering, steps=steps)
+    simulator = partial(open_simulator, env_id, **options)
+    return record_set(out, episodes, seed, make, workers, progress, simulator)
+
+
+def open_simulator(env_id: str, **options: Any) -> Simulator:
+    """Makes the simulator behind an environment id."""
+    env: Any = make_simulator(env_id, **options)
+    simulator: Simulator = env.sim
+    return simulator
+
+
+def _wandering(sim: Simulator, seed: int, steps: int) -> Episode:
+    sim.reset(seed=seed)
+    return play(sim, seed, Wanderer(sim.action_spec, seed).act, steps=steps, behaviour="random")
 
 
 def _scripted(sim: TabletopSim, seed: int, steps: int, mix: Mapping[str, float]) -> Episode:
     return record_episode(sim, seed, steps=steps, behaviour=choose_behaviour(seed, mix))
 
 
-_worker_sim: TabletopSim | None = None  # one simulator and one OpenGL context per process
+_worker_sims: dict[str, Simulator] = {}  # one simulator and one OpenGL context per process
 
 
-def _record_batch(folder: Path, seeds: Sequence[int], make: Callable[[TabletopSim, int], Episode]) -> int:
-    global _worker_sim
-    if _worker_sim is None:
-        _worker_sim = TabletopSim()
+def _record_batch(
+    folder: Path, seeds: Sequence[int], make: Callable[[Any, int], Episode], simulator: Callable[[], Simulator]
+) -> int:
+    wanted = repr(simulator)
+    if wanted not in _worker_sims:
+        for other in _worker_sims.values():
+            other.close()
+        _worker_sims.clear()
+        _worker_sims[wanted] = simulator()
     for seed in seeds:
-        episode = make(_worker_sim, seed)
+        episode = make(_worker_sims[wanted], seed)
         write_episode(folder / episode.name, episode)
     return len(seeds)

@@ -81,7 +81,15 @@ def select_backend() -> str:
     )
 
 
-def _make_context(size: int) -> Any:
+def claim_backend() -> str:
+    """Bind this process to the backend of :func:`select_backend`, for everyone who renders with MuJoCo in it.
+
+    Returns:
+        The backend; the one that PyOpenGL has been imported with, where it has been.
+
+    Raises:
+        RenderingUnavailableError: Neither EGL nor OSMesa works.
+    """
     backend = select_backend()
     # PyOpenGL binds to one platform per process, at its first import.
     bound = os.environ.get("PYOPENGL_PLATFORM")
@@ -90,6 +98,11 @@ def _make_context(size: int) -> Any:
     else:
         os.environ["PYOPENGL_PLATFORM"] = backend
     os.environ["MUJOCO_GL"] = backend  # the C side resolves OpenGL functions through the backend named here
+    return backend
+
+
+def _make_context(size: int) -> Any:
+    backend = claim_backend()
     try:
         module = importlib.import_module(f"mujoco.{backend}")
         return module.GLContext(size, size)

@@ -20,6 +20,7 @@ import numpy as np
 from prophet_gym.action_frames import Camera, project
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
 from prophet_gym.sims.rendering import OffscreenRenderer
+from prophet_gym.sims.simulator import EndsAt, take_snapshot
 from prophet_gym.snapshot import Snapshot
 
 BLOCK_COLOURS = {
@@ -133,7 +134,9 @@ class TabletopSim:
         num_steps: Commands since the reset.
     """
 
+    name = "Tabletop-v0"
     action_spec = ACTION_SPECS["tabletop"]
+    ends_at: EndsAt = "chunk"
 
     def __init__(self, render_size: int = 64) -> None:
         self.model = mujoco.MjModel.from_xml_path(str(files("prophet_gym") / "assets" / "tabletop.xml"))
@@ -218,6 +221,16 @@ class TabletopSim:
         return self._get_renderer().render(self.data)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.render_size, self.render_size
+
+    @property
+    def eef_pose(self) -> np.ndarray:
+        """The commanded pose (1, 4, 4), under the name that all simulators share."""
+        return self.commanded_pose
+
+    @property
     def instruction(self) -> str:
         """The language goal."""
         block = tuple(BLOCK_COLOURS)[self.scene.block_colour]
@@ -288,6 +301,15 @@ class TabletopSim:
         """Number of image pixels that show the instructed block."""
         return int(self._get_renderer().mask(self.data, self._block_geom).sum())
 
+    def labels(self) -> dict[str, np.ndarray]:
+        """Where the blocks are: ``block_px`` and ``distractor_px`` (2,), ``block_visible``, ``block_pos`` (3,)."""
+        return {
+            "block_px": self.block_px(),
+            "distractor_px": self.distractor_px(),
+            "block_visible": np.asarray(self.block_visible, np.int64),
+            "block_pos": self.block_pos,
+        }
+
     def get_state(self) -> np.ndarray:
         """Everything that decides the future and the image: flat float64."""
         physics = np.empty(self._num_physics)
@@ -322,15 +344,7 @@ class TabletopSim:
 
     def snapshot(self, name: str = "") -> Snapshot:
         """The current state as the start of a rollout, for the world model and for this simulator."""
-        return Snapshot(
-            image=self.render(),
-            instruction=self.instruction,
-            eef_pose=self.commanded_pose.copy(),
-            gripper=self.gripper.copy(),
-            camera=self.camera,
-            simulator_state=self.get_state(),
-            name=name,
-        )
+        return take_snapshot(self, name)
 
     def close(self) -> None:
         """Free the renderer."""
