@@ -1,8 +1,8 @@
 """Stable-Baselines3 on a world model: ``make_vec_env`` steps all slots in one model call, one vector per chunk.
 
-``python examples/sb3_ppo.py`` takes a few hundred env steps, enough to see it run; success from pixels and a sparse
-reward needs far more. Abstentions of the judge (``info["judge_valid"]``) count as reward 0 here, since PPO has no mask
-for them: give a judge that always decides.
+``python examples/sb3_ppo.py`` takes a few hundred env steps, enough to see it run; ``benchmarks/sb3_ppo.py`` goes on
+until something is learned, with an easier judge. Abstentions of the judge (``info["judge_valid"]``) count as reward 0
+here, since PPO has no mask for them: give a judge that always decides.
 """
 
 from __future__ import annotations

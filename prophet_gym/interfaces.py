@@ -16,7 +16,7 @@ SINGLE_COMMAND = {
     "simpler": "simpler:SimplerEnv",
     "maniskill": "maniskill:ManiSkillEnv",
     "libero": "libero:LiberoEnv",
-    "lerobot": "lerobot:LeRobotVectorEnv",
+    "lerobot": "lerobot:LeRobotEnv",
 }
 """Interfaces of other projects, one command a step: where each lives in :mod:`prophet_gym.compat`."""
 INTERFACES = ("chunk", "flat", *SINGLE_COMMAND)
@@ -32,8 +32,8 @@ def require_interface(interface: str, action_buffer: str | None, batch: bool = F
         raise ValueError(f"interface={interface!r}: expected one of {INTERFACES}.{nearest(interface, INTERFACES)}")
     if interface not in SINGLE_COMMAND and action_buffer is not None:
         raise ValueError(f"action_buffer={action_buffer!r}: interface={interface!r} takes whole chunks; leave it out.")
-    if interface in SINGLE_COMMAND and batch != (interface == "lerobot"):
-        call = "gym.make_vec" if interface == "lerobot" else "gym.make, or num_envs= of compat.maniskill.make"
+    if batch and interface in SINGLE_COMMAND and interface != "lerobot":
+        call = "gym.make, or num_envs= of compat.maniskill.make"
         raise ValueError(f"interface={interface!r} does not exist here: expected {call}.")
 
 

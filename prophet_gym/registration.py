@@ -224,6 +224,7 @@ def make_vector_world(
     "NextStep", and "SameStep" with ``interface="lerobot"``, the only batch of single commands.
     """
     from .compat.flat import FlatVectorEnv
+    from .compat.lerobot import LeRobotVectorEnv
     from .vector_env import ProphetVectorEnv
 
     require_interface(interface, action_buffer, batch=True)
@@ -241,7 +242,7 @@ def make_vector_world(
         **parts,
     )
     if interface == "lerobot":
-        return present(interface, env, action_buffer)
+        return LeRobotVectorEnv(env, action_buffer=action_buffer or "immediate")
     return FlatVectorEnv(env) if interface == "flat" else env
 
 

@@ -100,15 +100,17 @@ def make_vector_simulator(
 
     Arguments and errors as :func:`make_simulator`; ``autoreset_mode`` as in :class:`prophet_gym.ProphetVectorEnv`.
     """
-    from .arguments import parse_autoreset_mode
+    from .arguments import parse_autoreset_mode, require_between
     from .compat.flat import FlatVectorEnv
+    from .compat.lerobot import LeRobotVectorEnv
     from .sims.vector import make_sync_vector_env
 
     require_interface(interface, action_buffer, batch=True)
+    require_between("num_envs", num_envs, 1, None)
     mode = parse_autoreset_mode(default_autoreset(interface, autoreset_mode))
     env = make_sync_vector_env(lambda: make_simulator(env_id, **options), num_envs, mode)
     if interface == "lerobot":
-        return present(interface, env, action_buffer)
+        return LeRobotVectorEnv(env, action_buffer=action_buffer or "immediate")
     return FlatVectorEnv(env) if interface == "flat" else env
 
 

@@ -18,7 +18,12 @@ RUNS = {
     "best_of_n": (["--members", "3", "--horizon", "16"], "0 of 3 plans judged"),
     "write_a_judge": (["--horizon", "8", "--rollouts", "1"], "check_judge: passed"),
     "sb3_ppo": (["--total-timesteps", "8", "--n-envs", "2", "--n-steps", "4", "--horizon", "8"], "verdict"),
+    "cleanrl_ppo": (
+        ["--total-timesteps", "24", "--num-envs", "3", "--num-steps", "4"],
+        "global_step=24 episodic_return=",
+    ),
     "eval_simpler": (["--episodes", "1", "--horizon", "8"], "success rate 0.00 of 1"),
+    "eval_maniskill": (["--episodes", "2", "--horizon", "8"], "success rate 0.00 of 2"),
     "eval_libero": (["--episodes", "1", "--max-steps", "8"], "success rate 0.00 of 1"),
     "eval_lerobot": (["--num-envs", "2", "--horizon", "8"], "success rate 0.00 of 2"),
     "twin": (["--horizon", "9"], "PSNR"),

@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from ..data.variants import augmented
 from ..data.episode import Episode
 from ..data.fitting import fit_camera, fit_frames
 from ..data.folder import write_episode
 from ..data.lerobot_writer import write_lerobot
 from ..data.opening import open_dataset
+from ..data.variants import augmented
 
 __all__ = ["convert"]
 

@@ -1,7 +1,8 @@
-"""LeRobot's evaluation interface: a vector environment as ``lerobot-eval`` expects it, without importing lerobot.
+"""LeRobot's evaluation interface: environments as ``lerobot-eval`` expects them, without importing lerobot.
 
-An EnvHub repository's ``env.py`` is one line: ``from prophet_gym.compat.lerobot import make_env``. Commands are the
-world's native ones: for the LIBERO worlds those of LIBERO.
+Three ways lead here: ``--env.type=prophet`` (:mod:`prophet_gym.lerobot_env`), an EnvHub repository whose ``env.py`` is
+one line, ``from prophet_gym.compat.lerobot import make_env``, and Gymnasium's ``make`` and ``make_vec`` with
+``interface="lerobot"``. Commands are the world's native ones: for the LIBERO worlds those of LIBERO.
 """
 
 from __future__ import annotations
@@ -14,9 +15,76 @@ from gymnasium.spaces import Dict
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.vector.utils import batch_space
 
+from ..arguments import known_options, require_between
+from ..env import own_info
 from .single_step import SingleStepVectorEnv
 
-__all__ = ["LeRobotSlot", "LeRobotVectorEnv", "make_env"]
+__all__ = ["LeRobotEnv", "LeRobotSlot", "LeRobotVectorEnv", "make_env"]
+
+
+class LeRobotEnv(gym.Env):
+    """One world as the single environments look that LeRobot 0.4 puts into a ``SyncVectorEnv`` of its own.
+
+    Observation: ``pixels`` (H, W, 3) uint8 and ``agent_pos`` (8,) float32. Action: (7,) native commands of the world.
+    ``info["is_success"]`` is there at every step. A batch of these calls the world model once per slot; prefer
+    :class:`LeRobotVectorEnv`, which calls it once.
+
+    Args:
+        engine: a chunk engine of one slot with autoreset disabled.
+        action_buffer: "immediate" or "chunk".
+
+    Raises:
+        ValueError: the engine does not fit.
+    """
+
+    def __init__(self, engine: Any, *, action_buffer: str = "immediate") -> None:
+        self.world = SingleStepVectorEnv(engine, action_buffer=action_buffer)
+        self.metadata, self.render_mode = {**self.world.metadata, "render_modes": ["rgb_array"]}, "rgb_array"
+        self.observation_space = _observation_space(self.world)
+        self.action_space = self.world.single_action_space
+        self._max_episode_steps = self.world.horizon
+        self.task_description = ""
+
+    @property
+    def task(self) -> str:
+        """The same as ``task_description``: the goal of the running rollout in words."""
+        return self.task_description
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Starts a rollout.
+
+        Args:
+            seed: of the noise and of the snapshot drawn.
+            options: ``{"snapshots": [snapshot]}``.
+
+        Raises:
+            ValueError: an unknown option.
+        """
+        observation, info = self.world.reset(seed=seed, options=_starts(options))
+        self.task_description = str(info["instruction"][0])
+        return self._observe(observation), own_info(info)
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Takes one command (7,).
+
+        Raises:
+            ValueError: before ``reset``, after the time limit, wrong shape or not finite.
+        """
+        observation, reward, terminated, truncated, info = self.world.step(np.asarray(action, np.float64)[None])
+        return self._observe(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), own_info(info)
+
+    def render(self) -> np.ndarray:
+        """Returns the latest real frame (H, W, 3) uint8."""
+        return self.world.render()[0]
+
+    def close(self) -> None:
+        """Closes the world."""
+        self.world.close()
+
+    def _observe(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"pixels": observation["image"][0], "agent_pos": observation["state"][0]}
 
 
 class LeRobotSlot(gym.Env):
@@ -70,8 +138,7 @@ class LeRobotVectorEnv(SyncVectorEnv):
         self.num_envs, self.flipped, self.render_mode = engine.num_envs, flipped, "rgb_array"
         self.autoreset_mode = self.world.autoreset_mode
         self.metadata = {**self.world.metadata, "render_modes": ["rgb_array"]}
-        native = self.world.single_observation_space
-        self.single_observation_space = Dict(pixels=native["image"], agent_pos=native["state"])
+        self.single_observation_space = _observation_space(self.world)
         self.single_action_space = self.world.single_action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = self.world.action_space
@@ -85,10 +152,12 @@ class LeRobotVectorEnv(SyncVectorEnv):
 
         Args:
             seed: one per slot; an integer s stands for s, s + 1, ...
-            options: ``"snapshots"``, one per slot; others, which loops pass to all environments, have no effect.
+            options: ``"snapshots"``, one per slot.
+
+        Raises:
+            ValueError: an unknown option, or another number of seeds or snapshots than slots.
         """
-        starts = {key: value for key, value in (options or {}).items() if key == "snapshots"}
-        observation, info = self.world.reset(seed=seed, options=starts)
+        observation, info = self.world.reset(seed=seed, options=_starts(options))
         self.instructions = [str(text) for text in info["instruction"]]
         return self._observe(observation), info
 
@@ -122,6 +191,7 @@ class LeRobotVectorEnv(SyncVectorEnv):
 def make_env(
     n_envs: int = 1,
     use_async_envs: bool = False,
+    cfg: Any = None,
     *,
     env_id: str = "Prophet-Tabletop-v0",
     action_buffer: str = "immediate",
@@ -133,6 +203,7 @@ def make_env(
     Args:
         n_envs: slots.
         use_async_envs: no matter: one model call steps all slots.
+        cfg: no matter: the ``HubEnvConfig`` that LeRobot hands to an ``env.py``. What the world is, ``env.py`` says.
         env_id: a world or simulator; its name is the suite.
         action_buffer: "immediate": the world runs for every command; "chunk": once per ``chunk_length`` commands.
         flipped: show images upside down, as LIBERO does.
@@ -140,8 +211,21 @@ def make_env(
 
     Raises:
         MissingCheckpointError: no weights for ``env_id``.
+        ValueError: an unknown id or option, or ``n_envs`` below 1.
     """
     from ..registration import make_chunk_engine
 
+    require_between("n_envs", n_envs, 1, None)
     engine = make_chunk_engine(env_id, n_envs, **{"autoreset_mode": "SameStep", **options})
     return {env_id: {0: LeRobotVectorEnv(engine, action_buffer=action_buffer, flipped=flipped)}}
+
+
+def _observation_space(world: SingleStepVectorEnv) -> Dict:
+    native = world.single_observation_space
+    return Dict(pixels=native["image"], agent_pos=native["state"])
+
+
+def _starts(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the options of the engine's reset, without the marks that LeRobot's loops set for wrappers of theirs."""
+    ours = {key: value for key, value in (options or {}).items() if not key.startswith("lerobot")}
+    return known_options(ours, ("snapshots",))

@@ -75,7 +75,10 @@ class LiberoEnv(gym.Env):
         self.world = SingleStepVectorEnv(engine, action_spec=ACTION_SPECS["libero"], action_buffer=action_buffer)
         images: Any = self.world.single_observation_space["image"]
         height, width, _ = images.shape
-        self.image_size = (camera_heights or height, camera_widths or width)
+        self.image_size = (
+            height if camera_heights is None else camera_heights,
+            width if camera_widths is None else camera_widths,
+        )
         for name, size in zip(("camera_heights", "camera_widths"), self.image_size, strict=True):
             require_between(name, size, 1, None)
         self.metadata, self.render_mode = {**self.world.metadata, "render_modes": ["rgb_array"]}, "rgb_array"
@@ -85,7 +88,8 @@ class LiberoEnv(gym.Env):
 
     @property
     def language_instruction(self) -> str:
-        """The goal in words."""
+        """The goal in words; a ValueError before ``reset``."""
+        self.world.latest()
         return str(self._info["instruction"])
 
     def seed(self, seed: int) -> None:

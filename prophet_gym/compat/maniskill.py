@@ -118,7 +118,12 @@ class ManiSkillEnv(gym.Env):
         return self._observe(observation), rewards, success, torch.as_tensor(truncated), extra
 
     def get_language_instruction(self) -> list[str]:
-        """Returns the goal of every slot in words."""
+        """Returns the goal of every slot in words.
+
+        Raises:
+            ValueError: before ``reset``.
+        """
+        self.world.latest()
         return list(self._instructions)
 
     def is_final_subtask(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
+from ..registration import WORLDS
 from .flat import FlatVectorEnv
 
 __all__ = ["ProphetVecEnv", "make_vec_env"]
@@ -112,9 +113,13 @@ def make_vec_env(
 
     Raises:
         MissingCheckpointError: no weights for ``env_id``.
+        ValueError: an unknown id.
     """
     options = {"interface": "flat", "autoreset_mode": "SameStep", **(env_kwargs or {})}
-    engine: Any = gym.make_vec(env_id, num_envs=n_envs, **options)
+    try:
+        engine: Any = gym.make_vec(env_id, num_envs=n_envs, **options)
+    except gym.error.UnregisteredEnv as error:
+        raise ValueError(f"env_id={env_id!r}: {error} The worlds are {sorted(WORLDS)}.") from error
     env = ProphetVecEnv(engine)
     env.seed(seed)
     return VecMonitor(env)

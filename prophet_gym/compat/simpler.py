@@ -158,7 +158,12 @@ class SimplerEnv(gym.Env):
         return self._observe(observation), float(reward[0]), success, bool(truncated[0]), dict(self._info)
 
     def get_language_instruction(self) -> str:
-        """Returns the goal in words."""
+        """Returns the goal in words.
+
+        Raises:
+            ValueError: before ``reset``.
+        """
+        self.world.latest()
         return str(self._info["instruction"])
 
     def is_final_subtask(self) -> bool:

@@ -125,7 +125,7 @@ class SingleStepVectorEnv(VectorEnv):
 
     def render(self) -> tuple[np.ndarray, ...]:
         """Returns the latest real frame (H, W, 3) uint8 of every slot."""
-        return tuple(self._started()["image"].copy())
+        return tuple(self.latest()["image"].copy())
 
     def cameras(self) -> list[Camera | None]:
         """Returns the calibrated camera of every slot's image, None where none is known."""
@@ -141,7 +141,7 @@ class SingleStepVectorEnv(VectorEnv):
         self.engine.close()
 
     def _convert(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._started()
+        self.latest()
         actions = np.asarray(actions, np.float64)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"commands of shape {actions.shape}; expected {self.action_space.shape}: one per slot.")
@@ -176,7 +176,7 @@ class SingleStepVectorEnv(VectorEnv):
         self, info: dict[str, Any], clipped: np.ndarray, *, stale: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns the latest observation and info, copied: callers may write into them."""
-        latest = self._started()
+        latest = self.latest()
         self._info = info
         fresh = ("frames", "_frames", "final_obs", "_final_obs", "final_info", "_final_info")
         kept = {key: value for key, value in info.items() if not (stale and key in fresh)}
@@ -185,7 +185,12 @@ class SingleStepVectorEnv(VectorEnv):
         masks = {f"_{key}": everyone.copy() for key in own}
         return {key: value.copy() for key, value in latest.items()}, {**kept, **own, **masks}
 
-    def _started(self) -> dict[str, np.ndarray]:
+    def latest(self) -> dict[str, np.ndarray]:
+        """Returns the latest real observation.
+
+        Raises:
+            ValueError: before the first reset.
+        """
         if self._observation is None:
             raise ValueError("The environment has not started: call reset() first.")
         return self._observation
