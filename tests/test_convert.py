@@ -71,6 +71,16 @@ def test_sets_are_gathered_in_one_folder(recorded: Path, tmp_path: Path, monkeyp
     assert EpisodeFolder(out)[2].instruction == "do b"
 
 
+def test_another_rate_is_stated_and_nothing_else_changes(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not convert(monkeypatch, recorded, tmp_path / "to", "--control-hz", "4")
+    before, after = EpisodeFolder(recorded)[0], EpisodeFolder(tmp_path / "to")[0]
+    assert after.fps == after.action_spec.control_hz == 4.0
+    np.testing.assert_array_equal(after.frames, before.frames)
+    np.testing.assert_array_equal(after.actions, before.actions)
+
+
 def test_lerobot(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not convert(monkeypatch, recorded, tmp_path / "to", "--format", "lerobot")
     written = open_dataset(tmp_path / "to")

@@ -205,3 +205,24 @@ def test_tiny_preset_is_small() -> None:
     with torch.device("meta"):
         model = ProphetTransformer(**PRESETS["tiny"])
     assert sum(p.numel() for p in model.parameters()) < 7_000_000
+
+
+def test_residual_denoises_differences_from_the_start_frame() -> None:
+    torch.manual_seed(0)
+    plain, residual = (ProphetTransformer(**preset("tiny", num_layers=2, residual=flag)) for flag in (False, True))
+    residual.load_state_dict(plain.state_dict())
+    start, chunk, noise = torch.randn(2, 32, 1, 8, 8), torch.randn(2, 32, 3, 8, 8), torch.randn(2, 32, 3, 8, 8)
+    t = torch.tensor([0.3, 0.8])
+    times = torch.cat([torch.zeros(2, 1), t[:, None].expand(-1, 3)], dim=1)
+    mask = torch.zeros(2, 1, 4, 8, 8)
+    mask[:, :, 0] = 1.0
+
+    def noisy(clean: torch.Tensor) -> torch.Tensor:
+        level = t.view(2, 1, 1, 1, 1)
+        return torch.cat([start, (1 - level) * clean + level * noise], dim=2)
+
+    actions, history = torch.randn(2, 20, 1, 7), torch.randn(2, 32, 15, 8, 8)
+    of_differences = plain(noisy(chunk - start), mask, times, plain.condition(actions, None, history))
+    of_latents = residual(noisy(chunk), mask, times, residual.condition(actions, None, history))
+    torch.testing.assert_close(of_latents[:, :, 1:], (of_differences - start)[:, :, 1:], atol=1e-4, rtol=1e-4)
+    assert (of_latents - plain(noisy(chunk), mask, times, plain.condition(actions, None, history))).abs().max() > 0.1

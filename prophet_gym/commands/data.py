@@ -33,6 +33,7 @@ def convert(
     prefix: str = "",
     variants: int = 0,
     seed: int = 0,
+    control_hz: float | None = None,
 ) -> None:
     """Write a data set anew, as a folder of episodes or a LeRobotDataset v3.0: other images, some of its episodes.
 
@@ -51,6 +52,8 @@ def convert(
         prefix: put before the names of episodes.
         variants: further copies of each episode, each seen through a random crop and in another light.
         seed: of these variants.
+        control_hz: rate to state instead of the recorded one, commands a second; so that sets of nearly the same rate
+            can be gathered in one, since a command says how far, not how fast.
     """
     source = open_dataset(data, card=card, camera=camera)
     unknown = sorted({i for i in (*episodes, *leave_out) if not 0 <= i < len(source)})
@@ -67,6 +70,9 @@ def convert(
         for i in tqdm(chosen, unit="episode", mininterval=1.0):
             for k in range(1 + variants):
                 episode = replace(source[i], name=f"{prefix}{source.names[i]}{f'_v{k:02d}' if k else ''}")
+                if control_hz is not None:
+                    spec = replace(episode.action_spec, control_hz=control_hz)
+                    episode = replace(episode, action_spec=spec, fps=control_hz)
                 if k:
                     episode = augmented(episode, np.random.default_rng([seed, i, k]))
                 yield episode if image_size is None else _stretched(episode, image_size)

@@ -81,5 +81,7 @@ class WorldModelConfig(ObjectiveConfig):
     """Transformer blocks."""
     adaln_lora_dim: int = 48
     """Rank of the AdaLN-LoRA."""
+    residual: bool = False
+    """Denoise differences from the start frame: for few recordings of many scenes, whose backgrounds it need not learn."""
     resume: bool = False
     """Continue an interrupted run."""

@@ -98,6 +98,7 @@ def train_world_model(
             adaln_lora_dim=config.adaln_lora_dim,
             num_effectors=clips.actions.shape[2],
             action_frames=config.action_frames,
+            residual=config.residual,
         )
     )
     if config.init is not None:

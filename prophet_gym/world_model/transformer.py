@@ -176,6 +176,8 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         memory_levels: (newest, oldest, t, h, w): ages in latent frames and pooling strides of the history memory.
         memory_gate: weight g of the memory in self-attention. 0 keeps a pretrained backbone exact (attention to the
             memory dilutes the softmax even where the memory is zero), 1 is the paper's formula and costs one pass.
+        residual: what is denoised inside is the difference from the start frame: a still scene is zero, not a picture
+            to be drawn again. Latents and velocity outside are the same; there is one clean frame, the first.
     """
 
     _supports_gradient_checkpointing = True
@@ -205,6 +207,7 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         temporal_stride: int = 4,
         memory_levels: tuple[tuple[int, ...], ...] = ((0, 1, 1, 2, 2), (1, 2, 1, 4, 4), (2, 15, 1, 8, 8)),
         memory_gate: float = 0.0,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if action_frames not in ("none", "pooled", "spatial"):
@@ -289,6 +292,9 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             condition: from :meth:`condition`.
         """
         b, _, t, h, w = latents.shape
+        still = latents[:, :, :1] * (1.0 - condition_mask).to(latents) if self.config.residual else None
+        if still is not None:  # z_t - (1 - t) z_start = (1 - t) (z_0 - z_start) + t eps, whose velocity is v + z_start
+            latents = latents - (1.0 - timestep).to(latents)[:, None, :, None, None] * still
         x = torch.cat([latents, condition_mask.to(latents)], dim=1)
         if self.config.concat_padding_mask:
             x = torch.cat([x, x.new_zeros(b, 1, t, h, w)], dim=1)
@@ -313,4 +319,5 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = self.proj_out(self.norm_out(x, embedded, modulation))
         p = self.config.patch_size[1]
         x = x.unflatten(2, grid[1:]).unflatten(-1, (p, p, -1))
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        velocity = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return velocity if still is None else velocity - still
