@@ -18,8 +18,10 @@ from .command_line import run_commands
 from .commands.data import convert
 from .commands.judge import judge
 from .commands.robot import adapt, calibrate, push
-from .data.folder import EpisodeFolder
+from .data.fitting import stretched
 from .data.opening import open_dataset
+from .data.sequence import EpisodeSequence
+from .data.windows import EpisodeWindows
 from .demo import DemoConfig, run_demo
 from .errors import nearest
 from .metrics.evaluate import evaluate_world_model
@@ -269,6 +271,9 @@ def evaluate(
     out: Path = Path("runs/eval"),
     episodes: int = 100,
     steps: int = 40,
+    stride: int | None = None,
+    card: str | None = None,
+    camera: str | None = None,
     num_inference_steps: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -278,20 +283,28 @@ def evaluate(
     """Score open-loop rollouts on held-out episodes, beside the last-frame and shuffled-action baselines.
 
     Args:
-        data: folder of held-out episodes.
+        data: held-out episodes of any format; images are stretched to the checkpoint's size.
         checkpoint: a folder, or the name of packaged weights.
         out: where metrics.json, report.md, strips.png and rollouts.mp4 go.
         episodes: how many, from the first.
         steps: imagined frames of each.
+        stride: cut recordings into windows of ``steps`` commands that begin so many commands apart, each an episode;
+            by default a recording gives one, from its start.
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        camera: which camera; the card's or the first by default.
         num_inference_steps: denoising steps; the checkpoint's by default.
         batch_size: episodes imagined at once.
         seed: of the sampling noise and the bootstrap.
         device: of the networks, as in torch.
         dtype: of the networks.
     """
+    world = _load(checkpoint, device, dtype)
+    recorded: EpisodeSequence = open_dataset(data, card=card, camera=camera)
+    if stride is not None:
+        recorded = EpisodeWindows(recorded, steps, stride=stride, image_size=world.image_size)
     result = evaluate_world_model(
-        _load(checkpoint, device, dtype),
-        [episode.with_poses() for episode in EpisodeFolder(data)[:episodes]],
+        world,
+        [stretched(episode.with_poses(), world.image_size) for episode in recorded[:episodes]],
         steps,
         num_inference_steps,
         batch_size,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from ..data.episode import Episode
-from ..data.fitting import fit_camera, fit_frames
+from ..data.fitting import stretched
 from ..data.folder import write_episode
 from ..data.lerobot_writer import write_lerobot
 from ..data.opening import open_dataset
@@ -75,7 +75,7 @@ def convert(
                     episode = replace(episode, action_spec=spec, fps=control_hz)
                 if k:
                     episode = augmented(episode, np.random.default_rng([seed, i, k]))
-                yield episode if image_size is None else _stretched(episode, image_size)
+                yield episode if image_size is None else stretched(episode, image_size)
 
     if format == "lerobot":
         write_lerobot(out, converted())
@@ -84,13 +84,3 @@ def convert(
             write_episode(out / episode.name, episode)
     copies = f", {1 + variants} times each" if variants else ""
     print(f"{len(chosen)} of {len(source)} episodes{copies}: {out}")
-
-
-def _stretched(episode: Episode, size: tuple[int, int]) -> Episode:
-    height, width = size
-    camera = None if episode.camera is None else fit_camera(episode.camera, size, "stretch")
-    factor = (width / episode.frames.shape[2], height / episode.frames.shape[1])
-    labels = {
-        key: (value + 0.5) * factor - 0.5 if key.endswith("_px") else value for key, value in episode.labels.items()
-    }
-    return replace(episode, images=fit_frames(episode.frames, size, "stretch"), camera=camera, labels=labels)

@@ -59,6 +59,20 @@ def fit_episode(episode: Episode, card: DatasetCard) -> Episode:
     return replace(episode, images=lambda: fit_frames(episode.frames, size, fit), camera=camera)
 
 
+def stretched(episode: Episode, image_size: tuple[int, int]) -> Episode:
+    """Return the episode with images, calibration and labels in pixels stretched to (height, width); kept undecoded."""
+    old = replace(episode).frames.shape[1:3]  # of a copy: its frames are freed
+    if old == tuple(image_size):
+        return episode
+    labels = {
+        key: fit_points(value, old, image_size, "stretch") if key.endswith("_px") else value
+        for key, value in episode.labels.items()
+    }
+    camera = None if episode.camera is None else fit_camera(episode.camera, image_size, "stretch")
+    images = lambda: fit_frames(replace(episode).frames, image_size, "stretch")  # noqa: E731
+    return replace(episode, images=images, camera=camera, labels=labels)
+
+
 def _scaled_width(old_height: int, old_width: int, resolution: tuple[int, int], fit: Fit | None) -> int:
     """Width after resizing and before padding or cropping."""
     height, width = resolution

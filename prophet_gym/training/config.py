@@ -82,6 +82,6 @@ class WorldModelConfig(ObjectiveConfig):
     adaln_lora_dim: int = 48
     """Rank of the AdaLN-LoRA."""
     residual: bool = False
-    """Denoise differences from the start frame: for few recordings of many scenes, whose backgrounds it need not learn."""
+    """Denoise differences from the start frame: with few recordings of many scenes, backgrounds need not be learned."""
     resume: bool = False
     """Continue an interrupted run."""
