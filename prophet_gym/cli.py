@@ -78,6 +78,7 @@ def record(
     env: str = "Tabletop-v0",
     task: str | None = None,
     image_size: int | None = None,
+    look: Literal["first", "second"] = "first",
 ) -> None:
     """Record episodes: scripted successes and failures on Tabletop, smooth random motion in other simulators.
 
@@ -92,6 +93,7 @@ def record(
         env: simulator; `prophrl record` records policies in it.
         task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
         image_size: side of its images, pixels.
+        look: camera and colours; "second" is seen from the other side, in colours of its own.
     """
     from .data.record import DEFAULT_MIX, record_wandering  # needs MuJoCo
     from .data.record import record as record_episodes
@@ -99,9 +101,11 @@ def record(
     if env == SIMULATOR_ID:
         if task is not None or image_size is not None:
             raise ValueError(f"{env} has no --task and --image-size; they are for simulators with several tasks")
-        made = record_episodes(out, episodes, seed=seed, steps=steps, workers=workers, mix=mix or DEFAULT_MIX)
-    elif mix is not None:
-        raise ValueError(f"--mix names Tabletop's scripts; {env} has none, only random motion")
+        made = record_episodes(
+            out, episodes, seed=seed, steps=steps, workers=workers, mix=mix or DEFAULT_MIX, look=look
+        )
+    elif mix is not None or look != "first":
+        raise ValueError(f"--mix and --look are Tabletop's; {env} has neither, only random motion")
     else:
         given: dict[str, Any] = {"task": task, "image_size": image_size}
         given = {name: value for name, value in given.items() if value is not None}

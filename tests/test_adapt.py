@@ -25,9 +25,11 @@ from prophet_gym.actions import ActionSpec, integrate_poses
 from prophet_gym.cli import main
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
+from prophet_gym.data.windows import EpisodeWindows
 from prophet_gym.snapshot import SnapshotSet
 from prophet_gym.training import adapt as adapt_module
 from prophet_gym.training.adapt import adapt, memory_gate
+from prophet_gym.training.adapt_codec import codec_limits, train_decoder
 from prophet_gym.training.adapt_config import AdaptConfig
 from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import ClipSource, encode_clips, load_clips
@@ -99,10 +101,15 @@ def errors_of(values: dict[int, float]) -> Callable:
 
 
 def test_the_result_is_an_environment(
-    config: AdaptConfig, tiny_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    config: AdaptConfig,
+    tiny_checkpoint: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(adapt_module, "validation_numbers", errors_of({0: 3.0, 2: 2.0, 4: 1.0}))
     result = adapt(replace(config, keep_adapter=True))
+    assert "the codec hardly knows such images" in caplog.text and "--decoder-steps 400" in caplog.text
     out = config.out
     assert {path.name for path in out.iterdir()} == {
         *("transformer", "vae", "prophet.json", "snapshots", "evaluation", "adapter", "README.md")
@@ -117,8 +124,7 @@ def test_the_result_is_an_environment(
     observation, *_, info = env.step(env.action_space.sample()[:8])
     assert info["frames"].shape == (8, 48, 48, 3)
     assert env.unwrapped.world_model.action_spec == SPEC and env.metadata["render_fps"] == 7.0
-    (start,) = SnapshotSet.load(out / "snapshots")
-    last = square(3, 31)
+    (start,), last = SnapshotSet.load(out / "snapshots"), square(3, 31)
     assert start.name == "e3" and start.camera is not None and (start.camera.width, start.camera.height) == (48, 48)
     assert start.image[24, 24].mean() > 200 and np.array_equal(start.eef_pose, last.eef_pose[0])
     card = (out / "README.md").read_text()
@@ -164,7 +170,7 @@ def test_merged_weights_are_base_and_adapter(
     stored = torch.load(config.run_folder / "checkpoints" / "last.pt", weights_only=True)
     assert not any("base_layer" in name or name == "proj_out.weight" for name in stored["model"])
     assert len(stored["ema"]["shadow_params"]) == len(stored["model"])
-    at_four = [p for p in stored["ema"]["shadow_params"]]
+    at_four = stored["ema"]["shadow_params"]
     assert not all(torch.equal(a, b) for a, b in zip(at_four, load_values(config.out / "adapter"), strict=False))
 
 
@@ -246,6 +252,8 @@ def test_a_closed_memory_gate_opens(config: AdaptConfig, tmp_path: Path, monkeyp
     )  # fmt: skip
     base.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(adapt_module, "validation_numbers", errors_of({0: 2.0, 2: 1.0, 4: 1.5}))
+    with pytest.raises(ValueError, match="--decoder-steps 3: the codec of .* is a AutoencoderKLWan"):
+        adapt(replace(config, base=str(tmp_path / "base"), decoder_steps=3, out=tmp_path / "other"))
     adapt(replace(config, base=str(tmp_path / "base"), gate_fraction=0.5))
     lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["memory_gate"] for line in lines if "loss" in line] == [0.0, 0.5, 1.0, 1.0]
@@ -306,7 +314,12 @@ def test_data_that_do_not_do_are_refused(config: AdaptConfig, tmp_path: Path) ->
     refused("neither a folder nor a packaged name", base="tabeltop")
     mixed = write(tmp_path / "mixed", lambda e: replace(e, camera=None if e.name == "e1" else CAMERA))
     refused("camera and poses are known of 3 of 4 episodes.*--draw-actions never", data=mixed)
-    for bad, message in (({"rank": 0}, "rank=0"), ({"held_out": 0}, "held_out=0"), ({"gate_fraction": 2.0}, "share")):
+    for bad, message in (
+        ({"rank": 0}, "rank=0"),
+        ({"decoder_steps": -1}, "decoder_steps=-1"),
+        ({"held_out": 0}, "held_out=0"),
+        ({"gate_fraction": 2.0}, "share"),
+    ):
         with pytest.raises(ValueError, match=message):
             replace(config, **bad)
     with pytest.raises(ValueError, match="eval_every=0"):
@@ -369,3 +382,19 @@ def test_real_recordings_without_camera_and_poses(
     assert env_steps(bridge.out)
     assert ProphetWorldModel.from_pretrained(bridge.out).action_spec.delta == "difference"
     assert "the base knows 'servo' deltas, the data have 'difference' ones" in caplog.text
+
+
+def test_a_small_codec_learns_to_draw_the_new_images(
+    config: AdaptConfig, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its decoder alone, so that the base's latents stay; the result carries it, and other settings are refused."""
+    result = adapt(replace(config, decoder_steps=20, loop=replace(LOOP, steps=1)))
+    before, after = (ProphetWorldModel.from_pretrained(folder).codec for folder in (tiny_checkpoint, config.out))
+    for (name, old), new in zip(before.vae.named_parameters(), after.vae.parameters(), strict=True):
+        assert torch.equal(old, new) == name.startswith("encoder"), name
+    windows = EpisodeWindows([square(3, 31)], 31, image_size=(48, 48))
+    assert codec_limits(after, windows)["psnr"] > codec_limits(before, windows)["psnr"] + 1
+    assert result["codec"]["epe"] >= result["codec"]["last_frame_epe"] and "Give more --decoder-steps" in caplog.text
+    assert all(part in (config.out / "README.md").read_text() for part in ("--decoder-steps 20", "The codec alone"))
+    with pytest.raises(ValueError, match="decoder: the stored config.json differs"):
+        train_decoder(replace(config, decoder_steps=30), before, tiny_checkpoint / "vae", ClipSource(clip_length=22))

@@ -11,7 +11,7 @@ import prophet_gym  # noqa: F401  (registers the ids)
 from prophet_gym.checker import check_world_env
 from prophet_gym.registration import ASSETS
 from prophet_gym.sims.expert import ExpertConfig, ScriptedExpert
-from prophet_gym.sims.tabletop import EDGE_X, PLATE_COLOURS, PLATE_TOP, TASKS, TabletopSim
+from prophet_gym.sims.tabletop import EDGE_X, PLATE_TOP, TASKS, TabletopSim
 from prophet_gym.sims.tabletop_env import TabletopEnv
 from prophet_gym.snapshot import Snapshot, SnapshotSet
 
@@ -183,7 +183,7 @@ def test_success_names_the_right_place(sim, task):
         sim.set_state(state)
     words = sim.instruction.split()
     assert words[0] == task.split("_")[0]
-    assert (words[-1] == "plate" and words[-2] in PLATE_COLOURS) or words[-2:] == [task.removeprefix("push_"), "edge"]
+    assert (words[-1] == "plate" and words[-2] in sim.look.plates) or words[-2:] == [task.removeprefix("push_"), "edge"]
 
 
 @pytest.mark.render

@@ -60,12 +60,13 @@ def test_bad_input_is_refused():
 
 
 @pytest.mark.render
-def test_on_real_frames_against_the_simulator():
+@pytest.mark.parametrize("look", ["first", "second"])
+def test_on_real_frames_against_the_simulator(look):
     from prophet_gym.data.record import record_episode
     from prophet_gym.sims.expert import BEHAVIOURS
     from prophet_gym.sims.tabletop import TabletopSim
 
-    sim, errors, hidden = TabletopSim(), [], []
+    sim, errors, hidden = TabletopSim(look=look), [], []
     for seed, behaviour in enumerate(BEHAVIOURS):
         episode = record_episode(sim, 900_000 + seed, behaviour=behaviour)
         px, shown = episode.labels["block_px"], episode.labels["block_visible"]

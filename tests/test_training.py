@@ -279,21 +279,6 @@ def test_deeper_checkpoint_starts_a_shallower_run(tmp_path: Path) -> None:
     assert torch.equal(shallow.proj_out.weight, deep.proj_out.weight)
 
 
-def test_a_checkpoint_that_draws_actions_starts_a_run_that_does_not(tmp_path: Path) -> None:
-    drawing, plain = (
-        ProphetTransformer(**preset("tiny", num_attention_heads=1, num_layers=1, action_frames=how))
-        for how in ("spatial", "none")
-    )
-    drawing.save_pretrained(tmp_path / "transformer")
-    start_from(plain, tmp_path)
-    kept = {name: tensor for name, tensor in drawing.state_dict().items() if name in plain.state_dict()}
-    assert len(kept) < len(drawing.state_dict())
-    assert_same(plain.state_dict(), kept)
-    plain.save_pretrained(tmp_path / "plain" / "transformer")
-    with pytest.raises(ValueError, match="another architecture"):
-        start_from(drawing, tmp_path / "plain")
-
-
 @pytest.fixture
 def sampler(config: WorldModelConfig, tmp_path: Path) -> ChunkSampler:
     clips = load_clips(config.data, tmp_path / "clips", drawn_size=(32, 32))

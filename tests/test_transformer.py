@@ -1,5 +1,6 @@
 """The denoiser: the stock Cosmos network at initialisation, gradients everywhere, memory computed once."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers import transformer_cosmos
 
+from prophet_gym.training.world_model import start_from
 from prophet_gym.world_model.conditioning import SpatialActionFrames
 from prophet_gym.world_model.memory import HistoryMemory
 from prophet_gym.world_model.presets import PRESETS, preset
@@ -226,3 +228,18 @@ def test_residual_denoises_differences_from_the_start_frame() -> None:
     of_latents = residual(noisy(chunk), mask, times, residual.condition(actions, None, history))
     torch.testing.assert_close(of_latents[:, :, 1:], (of_differences - start)[:, :, 1:], atol=1e-4, rtol=1e-4)
     assert (of_latents - plain(noisy(chunk), mask, times, plain.condition(actions, None, history))).abs().max() > 0.1
+
+
+def test_a_checkpoint_that_draws_actions_starts_a_run_that_does_not(tmp_path: Path) -> None:
+    drawing, plain = (
+        ProphetTransformer(**preset("tiny", num_attention_heads=1, num_layers=1, action_frames=how))
+        for how in ("spatial", "none")
+    )
+    drawing.save_pretrained(tmp_path / "transformer")
+    start_from(plain, tmp_path)
+    kept = {name: tensor for name, tensor in drawing.state_dict().items() if name in plain.state_dict()}
+    assert len(kept) < len(drawing.state_dict())
+    torch.testing.assert_close(plain.state_dict(), kept, rtol=0, atol=0)
+    plain.save_pretrained(tmp_path / "plain" / "transformer")
+    with pytest.raises(ValueError, match="another architecture"):
+        start_from(drawing, tmp_path / "plain")

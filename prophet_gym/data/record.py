@@ -9,6 +9,7 @@ Tabletop, as the world model sees them, and measured ones elsewhere. An episode 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +23,9 @@ from tqdm import tqdm
 
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
+from prophet_gym.errors import nearest
 from prophet_gym.sims.expert import BEHAVIOURS, FAILURES, ScriptedExpert, sample_config
+from prophet_gym.sims.looks import LOOKS
 from prophet_gym.sims.simulator import Simulator
 from prophet_gym.sims.tabletop import TabletopSim
 from prophet_gym.sims.wander import Wanderer
@@ -87,6 +90,9 @@ def play(sim: Any, seed: int, act: Callable[[Any], np.ndarray], *, steps: int, b
         commands.append(act(sim))
         sim.step(commands[-1])
         rows.append(_observe(sim))
+    metadata = {"behaviour": behaviour, "task": sim.task, "seed": seed, "sim": sim.name}
+    if isinstance(sim, TabletopSim) and sim.look.name != "first":  # recordings of earlier versions do not name it
+        metadata["look"] = sim.look.name
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     frames, poses, gripper = (columns.pop(key) for key in ("frame", "eef_pose", "gripper"))
     return Episode(
@@ -102,7 +108,7 @@ def play(sim: Any, seed: int, act: Callable[[Any], np.ndarray], *, steps: int, b
         labels=columns,
         name=episode_name(seed),
         simulator_state=start,
-        metadata={"behaviour": behaviour, "task": sim.task, "seed": seed, "sim": sim.name},
+        metadata=metadata,
     )
 
 
@@ -114,6 +120,7 @@ def record(
     steps: int = 40,
     mix: Mapping[str, float] = DEFAULT_MIX,
     progress: bool = True,
+    look: str = "first",
 ) -> int:
     """Record scripted episodes with seeds ``seed`` to ``seed + episodes - 1``; those already there are skipped.
 
@@ -125,12 +132,14 @@ def record(
         steps: Commands per episode.
         mix: Share of each behaviour; the shares are normalised.
         progress: Show a progress bar with the remaining time.
+        look: Camera and colours: a key of ``prophet_gym.sims.looks.LOOKS``.
 
     Returns:
         Number of episodes recorded now.
 
     Raises:
-        ValueError: Counts are out of range, or the mix names an unknown behaviour or has no positive share.
+        ValueError: Counts are out of range, the mix names an unknown behaviour or has no positive share, the look is
+            unknown, or the folder holds episodes of another look.
     """
     unknown = sorted(set(mix) - set(BEHAVIOURS))
     if unknown or min(mix.values(), default=0) < 0 or sum(mix.values()) <= 0:
@@ -140,7 +149,9 @@ def record(
         )
     if steps < 1:
         raise ValueError(f"record() got steps={steps}; expected at least 1.")
-    return record_set(out, episodes, seed, partial(_scripted, steps=steps, mix=dict(mix)), workers, progress)
+    _require_one_look(Path(out), look)
+    simulator = partial(TabletopSim, look=look)
+    return record_set(out, episodes, seed, partial(_scripted, steps=steps, mix=dict(mix)), workers, progress, simulator)
 
 
 def record_set(
@@ -287,6 +298,17 @@ def _wandering(sim: Simulator, seed: int, steps: int) -> Episode:
 
 def _scripted(sim: TabletopSim, seed: int, steps: int, mix: Mapping[str, float]) -> Episode:
     return record_episode(sim, seed, steps=steps, behaviour=choose_behaviour(seed, mix))
+
+
+def _require_one_look(folder: Path, look: str) -> None:
+    if look not in LOOKS:
+        raise ValueError(f"look={look!r}: expected one of {sorted(LOOKS)}.{nearest(look, LOOKS)}")
+    there = next(folder.glob("episode_*/meta.json"), None)
+    found = look if there is None else json.loads(there.read_text())["metadata"].get("look", "first")
+    if found != look:
+        raise ValueError(
+            f"{folder} holds episodes of look={found!r}, expected {look!r}; give each look a folder of its own"
+        )
 
 
 _worker_sims: dict[str, Simulator] = {}  # one simulator and one OpenGL context per process

@@ -1,9 +1,10 @@
 """Where is the block? Object tracking by colour on Tabletop frames, real or imagined.
 
-The instructed block is the only object of its colour on Tabletop, and the table is hardly saturated. So every frame is
-searched on its own: no motion model that could carry a block on after it faded, no memory that could drift. Each pixel
-is split into table and block colour on the plane of opponent colours (which ignores shading), the heaviest connected
-region of block colour wins, and its weighted centroid is the answer. A region that is too small or too faint is *lost*.
+The instructed block is the only object of its colour in every look of Tabletop, and the table is hardly saturated. So
+every frame is searched on its own: no motion model that could carry a block on after it faded, no memory that could
+drift. Each pixel is split into table and block colour on the plane of opponent colours (which ignores shading), the
+heaviest connected region of block colour wins, and its weighted centroid is the answer. A region that is too small or
+too faint is *lost*.
 
 The same function looks at real and imagined frames. On real frames it is checked against the simulator's labels
 (`tests/test_tracking.py`), and `prophet_gym.metrics.evaluate` reports its error there beside the imagined ones.

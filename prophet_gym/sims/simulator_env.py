@@ -66,15 +66,14 @@ class SimulatorEnv(gym.Env):
         require_between("horizon", horizon, 1, None)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: expected None or 'rgb_array'.")
-        if snapshots is not None:
-            if len(snapshots) == 0:
-                raise ValueError("snapshots is empty: expected at least one Snapshot, or None for fresh scenes.")
-            for index, snapshot in enumerate(snapshots):
-                _simulator_state(snapshot, index)
+        if snapshots is not None and len(snapshots) == 0:
+            raise ValueError("snapshots is empty: expected at least one Snapshot, or None for fresh scenes.")
         self.chunk_length, self.horizon = int(chunk_length), int(horizon)
         self.snapshots, self.render_mode = snapshots, render_mode
         self._make_simulator = make_simulator
         self.sim: Any = make_simulator()
+        for index, snapshot in enumerate(snapshots or ()):
+            self.state_of(snapshot, index)
         self.action_spec = self.sim.action_spec
         self.metadata = {**self.metadata, "render_fps": self.action_spec.control_hz}
         self.observation_space = observation_space(self.action_spec, self.sim.image_size)
@@ -101,7 +100,7 @@ class SimulatorEnv(gym.Env):
         if snapshot is None:
             self.sim.reset(seed=int(self.np_random.integers(2**31)))
         else:
-            self.sim.reset(state=_simulator_state(snapshot, 0))
+            self.sim.reset(state=self.state_of(snapshot, 0))
         self._env_step, self._num_commands, self._done = 0, 0, False
         self._frame = self.sim.render()
         return self._observe(), self._info(None)
@@ -209,6 +208,21 @@ class SimulatorEnv(gym.Env):
 
         return make_sync_vector_env(make_member, n, AutoresetMode.DISABLED)
 
+    def state_of(self, snapshot: Snapshot, index: int) -> np.ndarray:
+        """Returns the simulator's state of a snapshot, the one at ``index`` of those given.
+
+        Raises:
+            ValueError: It has none.
+        """
+        state = require_snapshot(snapshot, index).simulator_state
+        if state is None:
+            raise ValueError(
+                f"Snapshot {index} ({snapshot.name!r}) has no simulator_state, so the simulator cannot start there. "
+                "Take snapshots with snapshot() of this environment or from its recordings; others start world models "
+                "only."
+            )
+        return state
+
     def close(self) -> None:
         """Closes the simulator."""
         self.sim.close()
@@ -231,13 +245,3 @@ class SimulatorEnv(gym.Env):
             "verdict": verdict,
             "checkpoint": f"no weights: simulation ({self.sim.name})",
         }
-
-
-def _simulator_state(snapshot: Snapshot, index: int) -> np.ndarray:
-    state = require_snapshot(snapshot, index).simulator_state
-    if state is None:
-        raise ValueError(
-            f"Snapshot {index} ({snapshot.name!r}) has no simulator_state, so the simulator cannot start there. Take "
-            "snapshots with snapshot() of this environment or from its recordings; others start world models only."
-        )
-    return state

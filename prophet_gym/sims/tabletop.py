@@ -19,17 +19,12 @@ import numpy as np
 
 from prophet_gym.action_frames import Camera, project
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
+from prophet_gym.errors import nearest
+from prophet_gym.sims.looks import LOOKS
 from prophet_gym.sims.rendering import OffscreenRenderer
 from prophet_gym.sims.simulator import EndsAt, take_snapshot
 from prophet_gym.snapshot import Snapshot
 
-BLOCK_COLOURS = {
-    "red": (0.82, 0.13, 0.12, 1.0),
-    "green": (0.16, 0.62, 0.22, 1.0),
-    "yellow": (0.95, 0.78, 0.12, 1.0),
-    "purple": (0.55, 0.20, 0.66, 1.0),
-}
-PLATE_COLOURS = {"blue": (0.18, 0.33, 0.85, 1.0), "white": (0.95, 0.95, 0.95, 1.0)}
 TASKS = ("put", "push_left", "push_right")
 
 BLOCK_HALF = 0.027  # m, half a side of the cube
@@ -40,20 +35,20 @@ JAW_TRAVEL = 0.05  # m of each finger; an open ratio of 1 is a gap of twice this
 PARKED = (2.0, 2.0, 2.0)  # m, where the distractor floats out of sight when the scene has none
 REST_SPEED, REST_SPIN = 0.03, 0.6  # m/s and rad/s below which a block counts as resting
 
-_CAMERA = "front"
+_NUM_BLOCKS, _NUM_PLATES = 4, 2  # colours of every look
 _SUBSTEPS = 40  # integration steps per command: 100 ms, over which the controller target moves linearly
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 @dataclass
 class Scene:
-    """What a reset draws apart from physics: indices into the palettes and the plate's place.
+    """What a reset draws apart from physics: indices into the look's palettes and the plate's place.
 
     Attributes:
         task: Index into ``TASKS``.
-        block_colour: Index into ``BLOCK_COLOURS``.
-        plate_colour: Index into ``PLATE_COLOURS``.
-        distractor_colour: Index into ``BLOCK_COLOURS``, or -1 for no second block.
+        block_colour: Index into the look's blocks.
+        plate_colour: Index into its plates.
+        distractor_colour: Index into its blocks, or -1 for no second block.
         plate_xy: Centre of the plate in metres.
     """
 
@@ -78,8 +73,8 @@ class Scene:
 def _sample_layout(rng: np.random.Generator) -> tuple[Scene, np.ndarray, float, np.ndarray, float]:
     """Draw task, colours and collision-free places: scene, block xy, block yaw, distractor xyz, distractor yaw."""
     task = int(rng.choice(3, p=(0.7, 0.15, 0.15)))
-    colours = rng.permutation(len(BLOCK_COLOURS))[:2]
-    plate_colour = int(rng.integers(len(PLATE_COLOURS)))
+    colours = rng.permutation(_NUM_BLOCKS)[:2]
+    plate_colour = int(rng.integers(_NUM_PLATES))
     has_distractor = rng.random() < 0.3
     direction = (0, -1, 1)[task]
     while True:
@@ -120,13 +115,18 @@ def _hinge_angles(rotation: np.ndarray, previous: np.ndarray) -> np.ndarray:
 class TabletopSim:
     """One Tabletop scene, stepped by native commands at 10 Hz.
 
-    Frames: world axes are x right, y away from the camera, z up, origin on the table. The end-effector frame sits
+    Frames: world axes are x right, y away from the front camera, z up, origin on the table. The end-effector frame sits
     between the finger pads; the identity orientation points straight down with the jaws along x.
 
     Args:
         render_size: Side of the square image in pixels.
+        look: Camera and colours: a key of ``prophet_gym.sims.looks.LOOKS``.
+
+    Raises:
+        ValueError: Unknown look.
 
     Attributes:
+        look: The ``TabletopLook``.
         action_spec: ``ACTION_SPECS["tabletop"]``.
         camera: Calibration of the image.
         commanded_pose: (1, 4, 4) float64, the integrated commands.
@@ -138,7 +138,10 @@ class TabletopSim:
     action_spec = ACTION_SPECS["tabletop"]
     ends_at: EndsAt = "chunk"
 
-    def __init__(self, render_size: int = 64) -> None:
+    def __init__(self, render_size: int = 64, look: str = "first") -> None:
+        if look not in LOOKS:
+            raise ValueError(f"look={look!r}: expected one of {sorted(LOOKS)}.{nearest(look, LOOKS)}")
+        self.look = LOOKS[look]
         self.model = mujoco.MjModel.from_xml_path(str(files("prophet_gym") / "assets" / "tabletop.xml"))
         self.data = mujoco.MjData(self.model)
         self.render_size = render_size
@@ -147,6 +150,8 @@ class TabletopSim:
         self._block_geom = self.model.geom("block").id
         self._pads = tuple(self.model.geom(f"{side}_pad").id for side in ("left", "right"))
         self._num_physics = mujoco.mj_stateSize(self.model, _PHYSICS)
+        for geom, colour in self.look.paint.items():
+            self.model.geom(geom).rgba[:] = colour
         self.camera = self._calibrate()
         self.reset(seed=0)
 
@@ -233,9 +238,9 @@ class TabletopSim:
     @property
     def instruction(self) -> str:
         """The language goal."""
-        block = tuple(BLOCK_COLOURS)[self.scene.block_colour]
+        block = tuple(self.look.blocks)[self.scene.block_colour]
         if self.task == "put":
-            return f"put the {block} block on the {tuple(PLATE_COLOURS)[self.scene.plate_colour]} plate"
+            return f"put the {block} block on the {tuple(self.look.plates)[self.scene.plate_colour]} plate"
         return f"push the {block} block to the {self.task.removeprefix('push_')} edge"
 
     @property
@@ -354,13 +359,13 @@ class TabletopSim:
 
     def _get_renderer(self) -> OffscreenRenderer:
         if self._renderer is None:
-            self._renderer = OffscreenRenderer(self.model, _CAMERA, self.render_size)
+            self._renderer = OffscreenRenderer(self.model, self.look.camera, self.render_size)
         return self._renderer
 
     def _apply_scene(self, scene: Scene) -> None:
         self.scene = scene
         self.model.body("plate").pos[:] = [*scene.plate_xy, PLATE_TOP / 2]
-        blocks, plates = tuple(BLOCK_COLOURS.values()), tuple(PLATE_COLOURS.values())
+        blocks, plates = tuple(self.look.blocks.values()), tuple(self.look.plates.values())
         self.model.geom("block").rgba[:] = blocks[scene.block_colour]
         self.model.geom("plate").rgba[:] = plates[scene.plate_colour]
         self.model.geom("distractor").rgba[:] = blocks[max(scene.distractor_colour, 0)]
@@ -374,10 +379,10 @@ class TabletopSim:
     def _calibrate(self) -> Camera:
         """K and E (world to camera, OpenCV axes) of the model's fixed camera; integer pixels are pixel centres."""
         mujoco.mj_forward(self.model, self.data)
-        size, view = self.render_size, self.model.camera(_CAMERA)
+        size, view = self.render_size, self.model.camera(self.look.camera)
         focal = size / 2 / tan(np.radians(view.fovy[0]) / 2)
         intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
-        pose = self.data.camera(_CAMERA)
+        pose = self.data.camera(self.look.camera)
         rotation = np.diag([1.0, -1.0, -1.0]) @ pose.xmat.reshape(3, 3).T  # OpenGL looks along -z with y up
         extrinsics = np.eye(4)
         extrinsics[:3, :3], extrinsics[:3, 3] = rotation, -rotation @ pose.xpos

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
 
 from prophet_gym.sims.simulator_env import SimulatorEnv
 from prophet_gym.sims.tabletop import TabletopSim
@@ -19,6 +22,11 @@ class TabletopEnv(SimulatorEnv):
         horizon: as in :class:`SimulatorEnv`.
         snapshots: as in :class:`SimulatorEnv`.
         render_mode: as in :class:`SimulatorEnv`.
+        look: Camera and colours: ``"first"``, or ``"second"`` (``prophet_gym.sims.looks``).
+
+    Raises:
+        ValueError: An argument is out of range, the look is unknown, or a snapshot has no simulator state or was taken
+            in another look.
     """
 
     sim: TabletopSim
@@ -30,11 +38,26 @@ class TabletopEnv(SimulatorEnv):
         horizon: int = 40,
         snapshots: Sequence[Snapshot] | None = None,
         render_mode: str | None = None,
+        look: str = "first",
     ) -> None:
         super().__init__(
-            lambda: TabletopSim(_IMAGE_SIZE),
+            partial(TabletopSim, _IMAGE_SIZE, look),
             chunk_length=chunk_length,
             horizon=horizon,
             snapshots=snapshots,
             render_mode=render_mode,
         )
+
+    def state_of(self, snapshot: Snapshot, index: int) -> np.ndarray:
+        """Returns the simulator's state of a snapshot.
+
+        Raises:
+            ValueError: It has none, or was seen by the camera of another look.
+        """
+        state, camera = super().state_of(snapshot, index), snapshot.camera
+        if camera is not None and not np.allclose(camera.E, self.sim.camera.E, atol=0.1):  # fitted ones too
+            raise ValueError(
+                f"Snapshot {index} ({snapshot.name!r}) was seen by another camera than that of "
+                f"look={self.sim.look.name!r}; make the environment with the look of the snapshot."
+            )
+        return state

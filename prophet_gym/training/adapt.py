@@ -3,7 +3,8 @@
 Paper 3.2.5 and 4.1: LoRA of rank 16 in the backbone, everything that Prophet adds in full, the codec as it is. Audit,
 split, training with an eye on held-out episodes, then one self-contained folder for ``gym.make("Prophet-Custom-v0",
 checkpoint=FOLDER)``. Where the data lack cameras, the new world draws no action frames and needs none: its denoiser
-loses that stream. Where the base has its memory's gate closed (Cosmos backbones), the gate opens during the run.
+loses that stream. Where the base has its memory's gate closed (Cosmos backbones), the gate opens during the run. Where
+the codec is a small one that cannot draw the new images, its decoder can be trained first; the paper's has no need.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..world_model.lora import add_lora, load_adapter, merge_adapter
 from ..world_model.prophet import ProphetConfig, ProphetWorldModel
 from ..world_model.tensor_files import list_tensors
 from ..world_model.transformer import ProphetTransformer
+from .adapt_codec import codec_limits, take_decoder, train_decoder, warn_of_the_codec
 from .adapt_config import AdaptConfig
 from .adapt_data import Split, draws_actions, evaluation_windows, first_frames, split_data
 from .best import BestAdapter
@@ -45,6 +47,7 @@ __all__ = ["adapt", "memory_gate"]
 logger = logging.getLogger(__name__)
 
 AUDITED = 50  # episodes, from the first
+CODEC_CLIPS = 8  # that the codec alone is measured on
 _CASTS = {"F32": "float", "F16": "half", "BF16": "bfloat16"}  # methods of a network by the format of its file
 
 
@@ -52,8 +55,9 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
     """Adapt a world to a data set and write the new environment to ``config.out``.
 
     Returns:
-        ``step`` of the best weights, ``metrics`` of the result and ``before``, of the base on the same clips (both as
-        of :func:`prophet_gym.metrics.evaluate_world_model`).
+        ``step`` of the best weights, ``metrics`` of the result, ``before``, of the base on the same clips (both as of
+        :func:`prophet_gym.metrics.evaluate_world_model`), and ``codec``, the limits that its codec sets (as of
+        :func:`prophet_gym.training.adapt_codec.codec_limits`).
 
     Raises:
         ValueError: the folder exists, the base is none, the audit finds faults, the data do not suffice or fit, or an
@@ -89,12 +93,16 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
         action_spec=split.action_spec,
     )
     windows = evaluation_windows(config, split, base.image_size)
-    before, best = _train(config, base, prophet_config, split, windows, draws)
+    decoder = None
+    if config.decoder_steps:
+        decoder = train_decoder(config, base.codec, folder / "vae", split.source)
+        take_decoder(base, decoder)
+    before, limits, best = _train(config, base, prophet_config, split, windows, draws)
     if best.record["step"] == 0:
         trained_on = f"{base.config.trained_on}; adaptation to {data} did not improve it"
         prophet_config = replace(prophet_config, trained_on=trained_on)
     with atomic_folder(config.out) as out:
-        _write_world(folder, best, prophet_config, draws, out)
+        _write_world(folder, decoder, best, prophet_config, draws, out)
         first_frames(split, base.image_size).save(out / "snapshots")
         if config.keep_adapter:
             shutil.copytree(best.folder, out / "adapter")
@@ -104,9 +112,11 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
         world.checkpoint_info["source"] = config.out.name
         measured = _evaluate(world, windows, config, out / "evaluation")
         (out / "README.md").write_text(
-            model_card(config, base.config, prophet_config, split, best.record, measured, before, warnings, draws)
+            model_card(
+                config, base.config, prophet_config, split, best.record, measured, before, limits, warnings, draws
+            )
         )
-    return {"step": best.record["step"], "metrics": measured, "before": before}
+    return {"step": best.record["step"], "metrics": measured, "before": before, "codec": limits}
 
 
 def memory_gate(step: int, config: AdaptConfig, initial: float) -> float:
@@ -145,14 +155,16 @@ def _train(
     split: Split,
     windows: list[Episode],
     draws: bool,
-) -> tuple[dict[str, Any], BestAdapter]:
-    """Train the adapter; returns the report of the base before training, and the best weights."""
+) -> tuple[dict[str, Any], dict[str, float], BestAdapter]:
+    """Train the adapter; returns the report of the base before training, the codec's limits, and the best weights."""
     run = config.run_folder
     accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
     transformer, vae = base.transformer, base.codec.vae.requires_grad_(False).to(accelerator.device)
     if base.requires_camera and not draws:
         without_action_frames(transformer)
+    limits = codec_limits(base.codec, windows[:CODEC_CLIPS])
+    warn_of_the_codec(config, limits)
     objective = _objective(config, base, transformer)
     clips = load_clips(
         config.data,
@@ -213,7 +225,7 @@ def _train(
         stop=best.exhausted,
     )
     accelerator.end_training()
-    return before, best
+    return before, limits, best
 
 
 def _objective(config: AdaptConfig, base: ProphetWorldModel, transformer: ProphetTransformer) -> ObjectiveConfig:
@@ -237,9 +249,13 @@ def _evaluate(world: ProphetWorldModel, windows: list[Episode], config: AdaptCon
     )
 
 
-def _write_world(folder: Path, best: BestAdapter, prophet_config: ProphetConfig, draws: bool, out: Path) -> None:
+def _write_world(
+    folder: Path, decoder: Path | None, best: BestAdapter, prophet_config: ProphetConfig, draws: bool, out: Path
+) -> None:
     """Base and best adapter, merged, in the base's number format."""
     fresh = ProphetWorldModel.from_pretrained(folder)
+    if decoder is not None:
+        take_decoder(fresh, decoder)
     transformer, vae = fresh.transformer, fresh.codec.vae
     if fresh.requires_camera and not draws:
         without_action_frames(transformer)

@@ -12,9 +12,13 @@ from .loop import LoopConfig
 
 
 def adaptation_loop() -> LoopConfig:
-    """Optimisation of an adaptation: few steps, a small rate, evaluated often."""
+    """Optimisation of an adaptation: few steps, evaluated often.
+
+    The packaged world on 45 episodes of a new look, EPE on held-out clips after 100 steps, from 0.361 px: 0.309 at a
+    rate of 3e-4, 0.284 at 1e-3, 0.279 at 3e-3.
+    """
     return LoopConfig(
-        steps=1000, batch_size=8, learning_rate=3e-4, warmup_steps=50, ema_decay=0.99, log_every=10, save_every=100,
+        steps=1000, batch_size=8, learning_rate=1e-3, warmup_steps=50, ema_decay=0.99, log_every=10, save_every=100,
         eval_every=100,
     )  # fmt: skip
 
@@ -48,6 +52,9 @@ class AdaptConfig:
     """"auto" draws action frames where the base does and the data have cameras and poses; "never" leaves them out."""
     rank: int = 16
     """Rank of the adapters; their scale is the same."""
+    decoder_steps: int = 0
+    """Steps in which the decoder of a small codec learns the new images before the denoiser does; 0 leaves the codec
+    as it is. For codecs of `prophet train vae`, which know one scene."""
     gate_fraction: float = 0.3
     """Share of the run in which the memory's gate opens, where the base has it closed; 0 opens it at once."""
     first_step: float | None = None
@@ -78,6 +85,8 @@ class AdaptConfig:
         for name in ("held_out", "clip_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1, or leave it out")
+        if self.decoder_steps < 0:
+            raise ValueError(f"decoder_steps={self.decoder_steps}: expected at least 0")
         if not 0.0 <= self.gate_fraction <= 1.0:
             raise ValueError(f"gate_fraction={self.gate_fraction}: expected a share from 0 to 1")
         if self.loop.eval_every < 1:

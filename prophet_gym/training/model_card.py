@@ -43,6 +43,7 @@ def model_card(
     record: Mapping[str, Any],
     measured: Mapping[str, Any],
     before: Mapping[str, Any],
+    limits: Mapping[str, float],
     findings: list[str],
     draws: bool,
 ) -> str:
@@ -55,7 +56,8 @@ def model_card(
         split: the data.
         record: step, error and memory gate of the best weights.
         measured: evaluation of the result on held-out clips.
-        before: the same of the base.
+        before: the same of the base, with this world's codec.
+        limits: what the codec alone loses, of :func:`prophet_gym.training.adapt_codec.codec_limits`.
         findings: of the audit.
         draws: whether it draws action frames.
     """
@@ -94,6 +96,8 @@ def model_card(
         *_rows(measured, before),
         "",
         *_against(measured),
+        f"- The codec alone, real clips coded and decoded: PSNR {limits['psnr']:.2f} dB, EPE {limits['epe']:.3f} px; "
+        "the denoiser can hardly do better.",
         "",
         "## Limits",
         *_limits(split, draws),

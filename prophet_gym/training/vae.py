@@ -26,8 +26,8 @@ class VAEConfig:
 
     data: Path
     """Training episodes: a folder of them, or a data set of another format."""
-    validation: Path
-    """Held-out episodes, of the same kind."""
+    validation: Path | None
+    """Held-out episodes, of the same kind; None measures nothing."""
     source: ClipSource = field(default_factory=ClipSource)
     """How the data become clips of one length and size."""
     groups: int = 4
@@ -94,7 +94,11 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     run = Path(config.run)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
     clips = load_clips(config.data, Path(config.cache) / "train", source=config.source, one_robot=False)
-    held_out = load_clips(config.validation, Path(config.cache) / "validation", source=config.source, one_robot=False)
+    held_out = None
+    if config.validation is not None:
+        held_out = load_clips(
+            config.validation, Path(config.cache) / "validation", source=config.source, one_robot=False
+        )
     torch.manual_seed(config.loop.seed)
     if config.init is None:
         vae = FoldedVideoVAE(config.latent_channels, config.channels)
@@ -128,6 +132,8 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         return error + config.kl_weight * kl, {"psnr": -10 * np.log10(plain / 4), "kl": kl.item()}
 
     def evaluate(model: FoldedVideoVAE, step: int) -> dict[str, float]:
+        if held_out is None:
+            return {}
         real, coded = reconstruct(model, held_out)
         panel = np.concatenate([np.concatenate(list(x[0, ::4]), axis=1) for x in (real, coded)])
         (run / "pictures").mkdir(exist_ok=True)
