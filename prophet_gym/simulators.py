@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import nearest
@@ -46,7 +47,7 @@ SIMULATORS: dict[str, SimulatorSpec] = {
     simulator.id: simulator
     for simulator in (
         SimulatorSpec("Tabletop-v0", "tabletop_env:TabletopEnv", {"chunk_length": 8, "horizon": 40}, has_tasks=False),
-        SimulatorSpec("Robosuite-v0", "robosuite:make_robosuite", {"chunk_length": 20, "horizon": 200}),
+        SimulatorSpec("Robosuite-v0", "robosuite_tasks:make_robosuite", {"chunk_length": 20, "horizon": 200}),
         _libero("LiberoSpatial-v0", "libero_spatial", 280),
         _libero("LiberoObject-v0", "libero_object", 280),
         _libero("LiberoGoal-v0", "libero_goal", 300),
@@ -69,19 +70,22 @@ def make_simulator(
         interface: as in :func:`prophet_gym.registration.make_world`.
         action_buffer: as in :func:`prophet_gym.registration.make_world`.
         options: of the function that the table names, such as ``task``, ``image_size``, ``chunk_length``, ``horizon``,
-            ``snapshots``, ``render_mode``.
+            ``snapshots`` (as in :func:`prophet_gym.registration.make_world`), ``render_mode``.
 
     Raises:
         MissingExtraError: the simulator's project is not installed, or lacks assets.
         ValueError: an unknown id, or options that it refuses.
     """
     from .compat.flat import FlatEnv
+    from .snapshot import SnapshotSet
 
     require_interface(interface, action_buffer)
     if interface in SINGLE_COMMAND:
         engine = make_vector_simulator(env_id, autoreset_mode="Disabled", **options)
         return present(interface, engine, action_buffer)
     spec = _find(env_id)
+    if isinstance(options.get("snapshots"), str | Path):
+        options["snapshots"] = SnapshotSet.load(options["snapshots"])
     module, name = spec.make.split(":")
     env = getattr(import_module(f".sims.{module}", __package__), name)(**{**spec.options, **options})
     return FlatEnv(env) if interface == "flat" else env

@@ -84,7 +84,6 @@ def record(
     workers: int = 2,
     env: str = "Tabletop-v0",
     task: str | None = None,
-    image_size: int | None = None,
 ) -> None:
     """Record what a policy does in a simulator, for the training of a world model and its judge.
 
@@ -99,12 +98,10 @@ def record(
         workers: processes.
         env: simulator.
         task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
-        image_size: side of its images, pixels; the policy's.
     """
     from prophrl_agents.record import record_policy  # needs MuJoCo
 
-    given: dict[str, Any] = {"task": task, "image_size": image_size}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {} if task is None else {"task": task}
     made = record_policy(
         out,
         policy,

@@ -42,7 +42,7 @@ class WorldConfig:
     task: str | None = None
     """Task of simulators that have several (LIBERO, SimplerEnv): number or name; None draws one for every rollout."""
     image_size: int | None = None
-    """Side of the images of these simulators, pixels; the policy's."""
+    """Side of the images of these simulators, pixels; by default the policy's."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ gym.register_envs(prophet_gym)
 __all__ = ["make_environment"]
 
 
-def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, device: str = "cpu") -> VectorEnv:
+def make_environment(
+    env_id: str, world: WorldConfig, *, chunk_length: int, image_size: int | None = None, device: str = "cpu"
+) -> VectorEnv:
     """Makes ``world.num_envs`` slots that hold still when their episodes end.
 
     World models get every setting of theirs, simulators ``horizon`` and ``chunk_length``, and ``task`` and
@@ -30,6 +32,7 @@ def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, devi
         env_id: registered with Gymnasium, ``module:id`` imports the module first.
         world: settings.
         chunk_length: commands of one step, unless ``world`` says otherwise.
+        image_size: side of the images of simulators with tasks, pixels, unless ``world`` says otherwise.
         device: of a world model.
 
     Raises:
@@ -47,7 +50,7 @@ def make_environment(env_id: str, world: WorldConfig, *, chunk_length: int, devi
         names = ("num_inference_steps", "dtype", "checkpoint", "judge")
         options |= {name: getattr(world, name) for name in names} | {"device": device}
     elif ours and SIMULATORS[spec.id].has_tasks:
-        options |= {"task": world.task, "image_size": world.image_size}
+        options |= {"task": world.task, "image_size": image_size if world.image_size is None else world.image_size}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         if not ours and spec.entry_point is not None:

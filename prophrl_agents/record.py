@@ -17,6 +17,7 @@ from prophet_gym.data.episode import Episode
 from prophet_gym.data.record import open_simulator, play, record_set
 from prophet_gym.observations import make_observation
 from prophet_gym.sims.simulator import Simulator
+from prophet_gym.simulators import SIMULATORS
 from prophrl_agents.policies.small import SmallFlowPolicy
 
 __all__ = ["record_policy"]
@@ -52,7 +53,7 @@ def record_policy(
         workers: processes; 0 records in this one.
         progress: show a progress bar with the remaining time.
         env_id: a key of ``prophet_gym.simulators.SIMULATORS``.
-        options: of the simulator, such as ``task`` and ``image_size``.
+        options: of the simulator, such as ``task``; images have the policy's size.
 
     Returns:
         Number of episodes recorded now.
@@ -64,6 +65,8 @@ def record_policy(
     if steps < 1 or not 0.0 <= noisy_share <= 1.0:
         raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
     found = _load(str(policy), noise_level)
+    if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
+        options = {"image_size": found.config.image_size, **options}
     simulator = partial(open_simulator, env_id, **options)
     sim = simulator()
     dimensions, size = sim.action_spec.action_dim, sim.image_size
@@ -71,7 +74,7 @@ def record_policy(
     if found.action_dim != dimensions or size != (found.config.image_size, found.config.image_size):
         raise ValueError(
             f"the policy in {policy} gives commands of {found.action_dim} numbers from images of "
-            f"{found.config.image_size} pixels; {env_id} takes {dimensions} and shows {size}. Give image_size"
+            f"{found.config.image_size} pixels; {env_id} takes {dimensions} and shows {size}"
         )
     make = partial(_play_policy, policy=str(policy), steps=steps, noisy_share=noisy_share, noise_level=noise_level)
     return record_set(out, episodes, seed, make, workers, progress, simulator)

@@ -88,7 +88,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
         images = augment_images(images, generator, shift=config.shift, jitter=config.jitter)
         return wrapped.imitation_loss({**seen, "image": images}, chunks, generator, mask=mask), {}
 
-    env = _simulators(config) if config.eval_episodes else None
+    env = _simulators(config, policy.config.image_size) if config.eval_episodes else None
     starts = evaluate_starts(config.eval_episodes, _START_SET) if config.eval_episodes else []
     metrics: dict[str, float] = {}
 
@@ -192,9 +192,9 @@ def _fresh_policy(config: SFTConfig, demonstrations: Demonstrations, frames: np.
         return SmallFlowPolicy(policy_config, demonstrations.statistics(frames))
 
 
-def _simulators(config: SFTConfig) -> VectorEnv:
+def _simulators(config: SFTConfig, image_size: int) -> VectorEnv:
     world = WorldConfig(num_envs=min(config.num_envs, config.eval_episodes))
-    return make_environment(config.env, world, chunk_length=config.policy.chunk_length)
+    return make_environment(config.env, world, chunk_length=config.policy.chunk_length, image_size=image_size)
 
 
 def _check_simulators(env: Any, policy: SmallFlowPolicy, starts: Sequence[Start]) -> None:

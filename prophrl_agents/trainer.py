@@ -308,16 +308,26 @@ class GRPOTrainer:
     def _environments(self, given: VectorEnv | Sequence[VectorEnv] | None, ids: Sequence[str]) -> list[VectorEnv]:
         if given is not None:
             return [given] if isinstance(given, VectorEnv) else list(given)
-        chunk, device = self.learner.policy.chunk_length, str(self.processes.device)
-        made = [make_environment(name, self.config.world, chunk_length=chunk, device=device) for name in ids]
+        make = self._make_environment(str(self.processes.device))
+        made = [make(name) for name in ids]
         self._own += made
         return made
+
+    def _make_environment(self, device: str) -> Callable[[str], VectorEnv]:
+        policy = self.learner.policy
+        return partial(
+            make_environment,
+            world=self.config.world,
+            chunk_length=policy.chunk_length,
+            image_size=policy.config.image_size if isinstance(policy, SmallFlowPolicy) else None,
+            device=device,
+        )
 
     def _collectors(self) -> list[Collector]:
         config, policy, kind = self.config, self.learner.policy, self.processes.device.type
         if not config.ray_workers:
             return [partial(collect_groups, env, policy) for env in self.envs]
-        make = partial(make_environment, world=config.world, chunk_length=policy.chunk_length, device=kind)
+        make = self._make_environment(kind)
         gpus = 1 if kind == "cuda" else 0
         crews = [
             RayRollouts(partial(make, name), policy, num_workers=config.ray_workers, num_gpus_per_worker=gpus)

@@ -90,6 +90,11 @@ def test_env_speaks_and_starts_in_its_look():
         first.reset(options={"snapshot": snapshot})
     with pytest.raises(ValueError, match="another camera"):
         gym.make("Tabletop-v0", snapshots=[snapshot])
+    with pytest.raises(ValueError, match="another camera"):
+        gym.make("Tabletop-v0", look="second", snapshots=ASSETS / "tabletop" / "snapshots")
+    first.reset(seed=1)
+    with pytest.raises(ValueError, match="another camera"):
+        first.unwrapped.fork(1).reset(options={"snapshots": [snapshot]})
     with pytest.raises(ValueError, match="Did you mean 'second'"):
         gym.make("Tabletop-v0", look="secnd")
     for env in (first, second, members):

@@ -79,3 +79,12 @@ def test_the_camera_is_resized_with_the_image(tiny_checkpoint: Path) -> None:
     fx, _, cx = snapshot.camera.K[0]
     np.testing.assert_allclose(larger.camera.K[0], [3 * fx, 0, 3 * (cx + 0.5) - 0.5])
     assert resized_snapshot(replace(snapshot, camera=None), SIZE).camera is None
+
+
+def test_interfaces_that_show_the_camera_show_that_of_the_enlarged_image(tiny_checkpoint: Path) -> None:
+    options = {"interface": "simpler", "judge": judge}
+    views = []
+    for size in ({}, {"image_size": SIZE}):
+        observation, _ = make(tiny_checkpoint, **options, **size).reset(seed=0)
+        views.append(observation["camera_param"]["3rd_view_camera"]["intrinsic_cv"])
+    np.testing.assert_allclose(views[1], views[0], rtol=1e-5)  # of 480x640 pixels, both

@@ -17,7 +17,8 @@ from prophet_gym.compat import conformance as rules
 from prophet_gym.data.folder import EpisodeFolder, write_episode
 from prophet_gym.data.record import play
 from prophet_gym.rotations import matrix_to_axis_angle
-from prophet_gym.sims.robosuite import RobosuiteSim, import_robosuite, robosuite_task
+from prophet_gym.sims.robosuite import RobosuiteSim, import_robosuite
+from prophet_gym.sims.robosuite_tasks import robosuite_task
 from prophet_gym.sims.simulator_env import SimulatorEnv
 from prophet_gym.sims.wander import Wanderer
 

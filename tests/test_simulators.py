@@ -16,18 +16,21 @@ import torch
 import prophet_gym
 from prophet_gym.action_frames import Camera, project
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
+from prophet_gym.compat import check
 from prophet_gym.compat.simpler import CAMERA
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.data.record import record_wandering
 from prophet_gym.errors import MissingExtraError
 from prophet_gym.rotations import axis_angle_to_matrix, euler_to_matrix, matrix_to_quaternion
 from prophet_gym.sims import libero, robosuite
-from prophet_gym.sims.simpler import BridgeSim, ManiSkillBackend, SimplerBackend, make_bridge
+from prophet_gym.sims.bridge_backends import ManiSkillBackend, SimplerBackend
+from prophet_gym.sims.simpler import BridgeSim, make_bridge
 from prophet_gym.sims.simulator_env import SimulatorEnv
 from prophet_gym.sims.wander import Wanderer
 from prophet_gym.simulators import SIMULATORS
 from prophrl_agents.config import WorldConfig
 from prophrl_agents.environments import make_environment
+from prophrl_agents.record import record_policy
 
 K = np.array([[623.588, 0, 319.501], [0, 623.588, 239.545], [0, 0, 1]])
 TURNED = np.diag([-1.0, -1.0, 1.0, 1.0])  # the base of both simulators, against their world
@@ -215,6 +218,52 @@ def test_simulators_make_environments_that_learners_take(installed: str) -> None
     env.close()
 
 
+def test_simulators_show_images_of_the_policys_size_unless_told_otherwise(
+    installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env_id = {"simpler": "SimplerBridge-v0", "maniskill": "ManiSkillBridge-v0"}[installed]
+    for given, shown in ((None, 24), (32, 32)):
+        env = make_environment(env_id, WorldConfig(num_envs=1, image_size=given), chunk_length=2, image_size=24)
+        assert env.single_observation_space["image"].shape == (shown, shown, 3)
+        env.close()
+    monkeypatch.setattr(BridgeSim, "instruction", "put the red block on the blue plate")  # words that it knows
+    options: dict[str, Any] = {"env_id": env_id, "steps": 2, "workers": 0, "progress": False}
+    assert record_policy(tmp_path, "tabletop-sft", 1, 0, task="widowx_carrot_on_plate", **options) == 1
+    assert EpisodeFolder(tmp_path)[0].frames.shape == (3, 64, 64, 3)
+
+
+def test_a_snapshot_starts_its_own_task_in_environments_of_any_task(installed: str) -> None:
+    options: dict[str, Any] = {"backend": installed, "image_size": 16, "chunk_length": 2}
+    env, every = make_bridge(task="widowx_stack_cube", **options), make_bridge(**options)
+    env.reset(seed=0)
+    _, info = every.reset(options={"snapshot": env.snapshot()})
+    assert info["task"] == "widowx_stack_cube"
+    other = make_bridge(task="widowx_spoon_on_towel", **options)
+    assert other.reset(seed=0)[1]["task"] == "widowx_spoon_on_towel"
+    assert other.reset(options={"snapshot": every.snapshot()})[1]["task"] == "widowx_stack_cube"
+
+
+def test_an_environment_with_another_robot_is_refused_every_time() -> None:
+    class Twin:
+        """Two arms, as far as they are looked at."""
+
+        control_freq, closed = 20, False
+        robots = [SimpleNamespace(controller=SimpleNamespace(name="OSC_POSE"), gripper=None)] * 2
+        context = SimpleNamespace(gl_ctx=SimpleNamespace(make_current=lambda: None))
+        sim = SimpleNamespace(model=SimpleNamespace(camera_names=["agentview"]), _render_context_offscreen=context)
+
+        def close(self) -> None:
+            self.closed = True
+
+    made: list[Twin] = []
+    task = robosuite.RobosuiteTask("lift", "lift", lambda: made.append(Twin()) or made[-1])
+    sim = robosuite.RobosuiteSim([task], name="x")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another robot needs an ActionSpec"):
+            sim.reset(seed=0)
+    assert [twin.closed for twin in made] == [True, True]
+
+
 def test_the_suite_for_our_contract_passes(installed: str) -> None:
     env_id = {"simpler": "SimplerBridge-v0", "maniskill": "ManiSkillBridge-v0"}[installed]
     prophet_gym.check_world_env(gym.make(env_id, image_size=16, chunk_length=2, horizon=3))
@@ -312,6 +361,11 @@ def test_every_simulator_is_registered_and_only_those_with_tasks_take_them() -> 
     env = make_environment("Tabletop-v0", WorldConfig(num_envs=1, task="3", image_size=32), chunk_length=2)
     assert env.single_observation_space["image"].shape == (64, 64, 3)
     env.close()
+
+
+def test_the_sweep_of_a_simulator_without_snapshots_asks_for_some() -> None:
+    with pytest.raises(ValueError, match="got 0 snapshots.*expected at least one"):
+        check._sweep("Tabletop-v0", 0, {})
 
 
 @pytest.mark.parametrize("name", ["tabletop", "libero", "bridge", "agibot"])

@@ -98,7 +98,7 @@ def _own_contract(env_id: str, interface: str, seed: int, options: dict[str, Any
 
 def _sweep(env_id: str, seed: int, options: dict[str, Any]) -> tuple[str, bool]:
     env: Any = gym.make(env_id, **options)
-    motions = motion_sweep(env, env.unwrapped.snapshots[:SWEEP_STARTS], seed=seed)
+    motions = motion_sweep(env, (env.unwrapped.snapshots or ())[:SWEEP_STARTS], seed=seed)
     env.close()
     lines = ["| motion | agreement of the picture | at least | holds |", "|---|---|---|---|"]
     lines += [f"| {m.name} | {m.score:+.2f} | {m.limit:g} | {'yes' if m.passed else 'NO'} |" for m in motions]

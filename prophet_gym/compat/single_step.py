@@ -132,9 +132,14 @@ class SingleStepVectorEnv(VectorEnv):
         if hasattr(self.engine, "envs"):
             return [slot.unwrapped.sim.camera for slot in self.engine.envs]
         state = self.engine.get_state()["world_model"]
-        height, width = self._world.world_model.image_size
+        world = self._world.world_model
+        shown_height, shown_width = world.image_size
+        height, width = getattr(world, "world_model", world).image_size  # a ResizedWorldModel's state is its model's
         pairs = zip(state["intrinsics"].numpy(), state["extrinsics"].numpy(), strict=True)
-        return [Camera(k, e, width, height) if np.isfinite(k).all() else None for k, e in pairs]
+        return [
+            Camera(k, e, width, height).resized(shown_width, shown_height) if np.isfinite(k).all() else None
+            for k, e in pairs
+        ]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the engine."""

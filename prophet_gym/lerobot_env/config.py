@@ -107,6 +107,7 @@ class ProphetEnvConfig(EnvConfig):
                     "out, or give task='Prophet-Tabletop-v0'."
                 )
             return _TABLETOP_SIZE
-        folder = resolve_checkpoint(find_world(self.gym_id), self.checkpoint)
-        height, width = json.loads((folder / "prophet.json").read_text())["image_size"]
-        return int(height), int(width)
+        world = find_world(self.gym_id)
+        folder = resolve_checkpoint(world, self.checkpoint)
+        own = json.loads((folder / "prophet.json").read_text())["image_size"]
+        return int(own[0]), int(own[1])

@@ -54,9 +54,10 @@ def make_libero(
         ValueError: an unknown suite or task, or a bad option.
     """
     tasks = libero_tasks(suite)
-    if task is not None:
-        tasks = [_find(tasks, task, suite)]
-    return SimulatorEnv(lambda: RobosuiteSim(tasks, name=IDS[suite], camera=camera, size=image_size), **options)
+    drawn = None if task is None else [tasks.index(_find(tasks, task, suite))]
+    return SimulatorEnv(
+        lambda: RobosuiteSim(tasks, name=IDS[suite], drawn=drawn, camera=camera, size=image_size), **options
+    )
 
 
 def libero_tasks(suite: str) -> list[RobosuiteTask]:

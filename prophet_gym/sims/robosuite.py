@@ -31,18 +31,9 @@ from prophet_gym.errors import MissingExtraError, nearest
 from prophet_gym.rotations import quaternion_to_matrix
 from prophet_gym.sims.rendering import claim_backend
 from prophet_gym.sims.simulator import EndsAt
-from prophet_gym.sims.simulator_env import SimulatorEnv
 
-__all__ = ["RobosuiteSim", "RobosuiteTask", "make_robosuite", "robosuite_task"]
+__all__ = ["RobosuiteSim", "RobosuiteTask", "import_robosuite"]
 
-TASKS = {
-    "Lift": "lift the red cube",
-    "Stack": "stack the red cube on the green cube",
-    "Door": "open the door",
-    "PickPlaceCan": "put the can into its bin",
-    "NutAssemblySquare": "put the square nut on its peg",
-}
-"""Robosuite's own tasks that have a goal, and the goal in our words: robosuite has none."""
 _FINGER = 0.04  # m, travel of each finger of a Panda hand
 _SCALES = (*[0.05] * 3, *[0.5] * 3)  # m and rad that OSC_POSE makes of a command of 1
 _ATTEMPTS = 100  # placements that robosuite may fail to find before we give up
@@ -72,8 +63,9 @@ class RobosuiteSim:
     """Tasks of robosuite, one at a time, stepped by native commands at 20 Hz.
 
     Args:
-        tasks: at least one; a reset draws among them.
+        tasks: at least one; states name theirs by its number here.
         name: of the environment, for metadata and errors.
+        drawn: numbers of the tasks that a reset draws among; by default all.
         camera: name of the camera.
         size: side of the square image, pixels.
 
@@ -85,11 +77,18 @@ class RobosuiteSim:
     ends_at: EndsAt = "command"
 
     def __init__(
-        self, tasks: Sequence[RobosuiteTask], *, name: str, camera: str = "agentview", size: int = 256
+        self,
+        tasks: Sequence[RobosuiteTask],
+        *,
+        name: str,
+        drawn: Sequence[int] | None = None,
+        camera: str = "agentview",
+        size: int = 256,
     ) -> None:
         if not tasks or size < 1:
             raise ValueError(f"{name}: {len(tasks)} tasks and images of {size} pixels; expected at least 1 of each.")
         self.tasks, self.name, self.image_size = tuple(tasks), name, (size, size)
+        self._drawn = tuple(range(len(tasks)) if drawn is None else drawn)
         self._camera_name, self._opened = camera, -1
         self.env: Any = None
 
@@ -148,7 +147,7 @@ class RobosuiteSim:
             self.set_state(state)
             return
         rng = np.random.default_rng(seed)
-        self._open(int(rng.integers(len(self.tasks))))
+        self._open(self._drawn[int(rng.integers(len(self._drawn)))])
         task, errors = self.tasks[self._opened], importlib.import_module("robosuite.utils.errors")
         for _ in range(_ATTEMPTS):
             try:
@@ -282,6 +281,13 @@ class RobosuiteSim:
         self._opened = index
         _open_sims.add(self)
         _close_all_at_exit()
+        try:
+            self._require_conventions()
+        except ValueError:
+            self.close()
+            raise
+
+    def _require_conventions(self) -> None:
         controller, gripper = self._controls()
         cameras = tuple(self.env.sim.model.camera_names)
         scales = np.asarray(getattr(controller, "output_max", ()))
@@ -296,28 +302,6 @@ class RobosuiteSim:
         if self._camera_name not in cameras:
             known = f"known are {sorted(cameras)}.{nearest(self._camera_name, cameras)}"
             raise ValueError(f"{self.name} has no camera {self._camera_name!r}; {known}")
-
-
-def robosuite_task(name: str = "Lift") -> RobosuiteTask:
-    """Returns one of robosuite's own tasks, with a Panda arm that always begins in the same place.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    if name not in TASKS:
-        raise ValueError(f"task={name!r}: expected one of {sorted(TASKS)}.{nearest(name, TASKS)}")
-
-    def make() -> Any:
-        suite = import_robosuite()
-        return suite.make(
-            name,
-            robots="Panda",
-            controller_configs=suite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            **ENV_OPTIONS,
-        )
-
-    return RobosuiteTask(name, TASKS[name], make)
 
 
 ENV_OPTIONS: dict[str, Any] = {
@@ -345,26 +329,6 @@ def import_robosuite() -> Any:
             f"This simulator needs robosuite 1.4 ({error}). Install it: pip install 'prophet-gym[robosuite]'. Its "
             "models come with it; there is nothing else to download."
         ) from error
-
-
-def make_robosuite(
-    *, task: str = "Lift", image_size: int = 256, camera: str = "agentview", **options: Any
-) -> SimulatorEnv:
-    """Makes one of robosuite's own tasks: ``gym.make("Robosuite-v0", task="Lift")`` ends here.
-
-    Args:
-        task: a key of :data:`TASKS`.
-        image_size: side of the image, pixels.
-        camera: name of the camera.
-        options: of :class:`prophet_gym.sims.simulator_env.SimulatorEnv`.
-
-    Raises:
-        MissingExtraError: robosuite is not installed.
-        ValueError: an unknown task, or a bad option.
-    """
-    import_robosuite()
-    tasks = [robosuite_task(task)]
-    return SimulatorEnv(lambda: RobosuiteSim(tasks, name="Robosuite-v0", camera=camera, size=image_size), **options)
 
 
 _open_sims: weakref.WeakSet[RobosuiteSim] = weakref.WeakSet()

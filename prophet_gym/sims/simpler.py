@@ -12,180 +12,35 @@ state is used: a state is the task, the start and the commands since, and is res
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
-import gymnasium as gym
 import numpy as np
 
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
-from prophet_gym.compat.maniskill import CONTROL_MODE, ENV_IDS
-from prophet_gym.compat.simpler import CAMERA, TASKS
-from prophet_gym.errors import MissingExtraError, nearest
-from prophet_gym.rotations import matrix_to_axis_angle, matrix_to_euler, quaternion_to_matrix
+from prophet_gym.compat.maniskill import ENV_IDS
+from prophet_gym.compat.simpler import TASKS
+from prophet_gym.errors import nearest
+from prophet_gym.rotations import quaternion_to_matrix
+from prophet_gym.sims.bridge_backends import (
+    MANISKILL_REMEDY,
+    SIMPLER_REMEDY,
+    ManiSkillBackend,
+    SimplerBackend,
+    import_simulator,
+)
 from prophet_gym.sims.simulator import EndsAt
 from prophet_gym.sims.simulator_env import SimulatorEnv
 
-__all__ = ["Backend", "BridgeSim", "ManiSkillBackend", "SimplerBackend", "make_bridge"]
+__all__ = ["BridgeSim", "make_bridge"]
 
-ASSETS = ("bridge_v2_real2sim", "widowx250s")
-"""Data sets of ManiSkill3 that its Bridge tasks are made of."""
 STARTS = 24
 """Starts of each task, ``episode_id`` 0 to 23."""
 _CLOSED, _OPEN = 0.015, 0.037  # m, each finger of a WidowX
 _DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
 """Orientation of the gripper link that BridgeData calls zero (widowx_controller's default_rot)."""
-
-
-class Backend(Protocol):
-    """One task of one of the two simulators, in the world frame of that simulator."""
-
-    def reset(self, episode_id: int) -> Any:
-        """Starts an episode and returns the observation."""
-        ...
-
-    def step(self, shift: np.ndarray, turn: np.ndarray, open_ratio: float) -> tuple[Any, bool]:
-        """Takes (3,) metres and a rotation (3, 3), base frame; returns the observation and whether it is success."""
-        ...
-
-    def image(self, observation: Any) -> np.ndarray:
-        """Returns RGB (480, 640, 3) uint8."""
-        ...
-
-    def poses(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns base and gripper link as position and quaternion w x y z, (7,) each, in the world."""
-        ...
-
-    def fingers(self, observation: Any) -> np.ndarray:
-        """Returns both fingers, (2,) metres."""
-        ...
-
-    def view(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns K (3, 3) and the transform from world to camera (3 or 4, 4), OpenCV axes."""
-        ...
-
-    def instruction(self) -> str:
-        """Returns the goal in words."""
-        ...
-
-    def close(self) -> None:
-        """Closes the simulator."""
-        ...
-
-
-class SimplerBackend:
-    """SimplerEnv (ManiSkill2_real2sim).
-
-    Args:
-        task: a key of ``prophet_gym.compat.simpler.TASKS``.
-
-    Raises:
-        MissingExtraError: SimplerEnv is not installed.
-    """
-
-    def __init__(self, task: str) -> None:
-        self.env = _imported("simpler_env", _SIMPLER).make(task)
-
-    def reset(self, episode_id: int) -> Any:
-        """See :class:`Backend`."""
-        return self.env.reset(seed=0, options={"obj_init_options": {"episode_id": episode_id}})[0]
-
-    def step(self, shift: np.ndarray, turn: np.ndarray, open_ratio: float) -> tuple[Any, bool]:
-        """See :class:`Backend`."""
-        command = np.concatenate([shift, matrix_to_axis_angle(turn), [2 * open_ratio - 1]])
-        observation, _, terminated, *_ = self.env.step(command)
-        return observation, bool(terminated)
-
-    def image(self, observation: Any) -> np.ndarray:
-        """See :class:`Backend`."""
-        return np.asarray(observation["image"][CAMERA]["rgb"])
-
-    def poses(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Backend`."""
-        return np.asarray(observation["agent"]["base_pose"]), np.asarray(observation["extra"]["tcp_pose"])
-
-    def fingers(self, observation: Any) -> np.ndarray:
-        """See :class:`Backend`."""
-        return np.asarray(observation["agent"]["qpos"])[-2:]
-
-    def view(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Backend`."""
-        view = observation["camera_param"][CAMERA]
-        return np.asarray(view["intrinsic_cv"]), np.asarray(view["extrinsic_cv"])
-
-    def instruction(self) -> str:
-        """See :class:`Backend`."""
-        return str(self.env.unwrapped.get_language_instruction())
-
-    def close(self) -> None:
-        """See :class:`Backend`."""
-        self.env.close()
-
-
-class ManiSkillBackend:
-    """ManiSkill3's digital twins of the same tasks, one environment of its batch.
-
-    Args:
-        task: a key of ``prophet_gym.compat.simpler.TASKS``.
-
-    Raises:
-        MissingExtraError: ManiSkill3 or its assets are not there.
-    """
-
-    def __init__(self, task: str) -> None:
-        assets = _imported("mani_skill.utils.assets.data", _MANISKILL)
-        missing = [name for name in ASSETS if not assets.is_data_source_downloaded(name)]
-        if missing:  # ManiSkill3 would ask on the terminal, then download
-            raise MissingExtraError(f"ManiSkill3 lacks the assets {missing}. {_MANISKILL}")
-        _imported("mani_skill.envs", _MANISKILL)
-        env_id = {name: key for key, name in ENV_IDS.items()}[task]
-        options = {"num_envs": 1, "obs_mode": "rgb+segmentation", "sim_backend": "physx_cpu"}
-        try:
-            self.env: Any = gym.make(env_id, control_mode=CONTROL_MODE, **options)
-        except FileNotFoundError as error:  # a download that broke off leaves its folder
-            raise MissingExtraError(f"ManiSkill3 lacks some assets of {env_id} ({error}). {_MANISKILL}") from error
-
-    def reset(self, episode_id: int) -> Any:
-        """See :class:`Backend`."""
-        import torch
-
-        return self.env.reset(seed=0, options={"episode_id": torch.tensor([episode_id])})[0]
-
-    def step(self, shift: np.ndarray, turn: np.ndarray, open_ratio: float) -> tuple[Any, bool]:
-        """See :class:`Backend`."""
-        # Rx Ry Rz is the transpose of our Rz Ry Rx of the opposite angles.
-        command = np.concatenate([shift, -matrix_to_euler(turn.T), [2 * open_ratio - 1]])
-        observation, _, terminated, *_ = self.env.step(command[None].astype(np.float32))
-        return observation, bool(terminated[0])
-
-    def image(self, observation: Any) -> np.ndarray:
-        """See :class:`Backend`."""
-        return _array(observation["sensor_data"][CAMERA]["rgb"])
-
-    def poses(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Backend`; ManiSkill3's observation has neither."""
-        robot = self.env.unwrapped.agent.robot
-        return _array(robot.pose.raw_pose), _array(robot.links_map["ee_gripper_link"].pose.raw_pose)
-
-    def fingers(self, observation: Any) -> np.ndarray:
-        """See :class:`Backend`."""
-        return _array(observation["agent"]["qpos"])[-2:]
-
-    def view(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Backend`."""
-        view = observation["sensor_param"][CAMERA]
-        return _array(view["intrinsic_cv"]), _array(view["extrinsic_cv"])
-
-    def instruction(self) -> str:
-        """See :class:`Backend`."""
-        return str(self.env.unwrapped.get_language_instruction()[0])
-
-    def close(self) -> None:
-        """See :class:`Backend`."""
-        self.env.close()
 
 
 BACKENDS: dict[str, tuple[str, Any]] = {
@@ -199,16 +54,26 @@ class BridgeSim:
     """WidowX tasks, one at a time, stepped by BridgeData's commands at 5 Hz.
 
     Args:
-        tasks: keys of ``prophet_gym.compat.simpler.TASKS``; a reset draws among them.
+        tasks: keys of ``prophet_gym.compat.simpler.TASKS``; states name theirs by its number here.
         make: a :class:`Backend` class, or anything that makes one for a task.
         name: of the environment, for metadata and errors.
+        drawn: numbers of the tasks that a reset draws among; by default all.
         image_size: (height, width) that images are resized to, pixels.
     """
 
     action_spec = ACTION_SPECS["bridge"]
     ends_at: EndsAt = "horizon"
 
-    def __init__(self, tasks: Sequence[str], make: Any, *, name: str, image_size: tuple[int, int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        make: Any,
+        *,
+        name: str,
+        drawn: Sequence[int] | None = None,
+        image_size: tuple[int, int] = (256, 256),
+    ) -> None:
+        self._drawn = tuple(range(len(tasks)) if drawn is None else drawn)
         self.tasks, self.name, self.image_size = tuple(tasks), name, image_size
         self._make, self._opened = make, -1
         self.backend: Any = None
@@ -263,7 +128,7 @@ class BridgeSim:
             self.set_state(state)
             return
         rng = np.random.default_rng(seed)
-        self._begin(int(rng.integers(len(self.tasks))), int(rng.integers(STARTS)))
+        self._begin(self._drawn[int(rng.integers(len(self._drawn)))], int(rng.integers(STARTS)))
 
     def step(self, command: np.ndarray) -> None:
         """Execute one command (7,) for 0.2 s.
@@ -355,34 +220,17 @@ def make_bridge(
     wanted = ENV_IDS.get(task, task) if task is not None else None
     if wanted is not None and wanted not in TASKS:
         raise ValueError(f"task={task!r}: expected one of {sorted(TASKS)}, or None.{nearest(task, TASKS)}")
-    tasks = tuple(TASKS) if wanted is None else (wanted,)
+    tasks = tuple(TASKS)
+    drawn = [i for i, one in enumerate(tasks) if wanted in (None, one)]
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    longest = max(TASKS[one].horizon for one in tasks)
-    _imported(*{"simpler": ("simpler_env", _SIMPLER), "maniskill": ("mani_skill.envs", _MANISKILL)}[backend])
+    longest = max(TASKS[tasks[i]].horizon for i in drawn)
+    needed = {"simpler": ("simpler_env", SIMPLER_REMEDY), "maniskill": ("mani_skill.envs", MANISKILL_REMEDY)}
+    import_simulator(*needed[backend])
     return SimulatorEnv(
-        lambda: BridgeSim(tasks, kind, name=name, image_size=(size[0], size[1])),
+        lambda: BridgeSim(tasks, kind, name=name, drawn=drawn, image_size=(size[0], size[1])),
         horizon=longest if horizon is None else horizon,
         **options,
     )
-
-
-_SIMPLER = (
-    "It is on no package index, and asks for older versions of NumPy and Gymnasium than ours: git clone "
-    "--recurse-submodules https://github.com/simpler-env/SimplerEnv, in that folder pip install --no-deps "
-    "-e ManiSkill2_real2sim -e . and pip install sapien==2.2.2 transforms3d. Its assets come with the repository. "
-    "ManiSkillBridge-v0 has the same tasks and no such conflict."
-)
-_MANISKILL = (
-    "Install it: pip install 'prophet-gym[maniskill]', and get the assets (once): python -m "
-    "mani_skill.utils.download_asset bridge_v2_real2sim; python -m mani_skill.utils.download_asset widowx250s"
-)
-
-
-def _imported(module: str, remedy: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"This simulator needs {module.split('.')[0]} ({error}). {remedy}") from error
 
 
 def _transform(pose: np.ndarray) -> np.ndarray:
@@ -390,8 +238,3 @@ def _transform(pose: np.ndarray) -> np.ndarray:
     pose, result = np.asarray(pose, np.float64), np.eye(4)
     result[:3, 3], result[:3, :3] = pose[:3], quaternion_to_matrix(pose[3:])
     return result
-
-
-def _array(value: Any) -> np.ndarray:
-    """The only entry of a batch, as an array."""
-    return np.asarray(value.detach().cpu().numpy())[0]

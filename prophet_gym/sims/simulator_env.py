@@ -37,7 +37,7 @@ class SimulatorEnv(gym.Env):
 
     Info: ``instruction``, ``task``, ``env_step`` (chunks so far), ``is_success``, ``judge_valid`` (always True: the
     simulator knows), ``verdict`` (None where success is not asked for yet), ``checkpoint`` (says that this is no world
-    model), ``num_executed`` (commands of the chunk that were executed) and, after a step, ``frames`` (C, H, W, 3)
+    model) and, after a step, ``num_executed`` (commands of the chunk that were executed) and ``frames`` (C, H, W, 3)
     uint8, the last one repeated for commands after success.
 
     Args:
@@ -194,13 +194,7 @@ class SimulatorEnv(gym.Env):
         given = iter(per_slot("seeds", seeds, n))
 
         def make_member() -> SimulatorEnv:
-            member = SimulatorEnv(
-                self._make_simulator,
-                chunk_length=self.chunk_length,
-                horizon=self.horizon,
-                snapshots=self.snapshots,
-                render_mode=self.render_mode,
-            )
+            member = self._another()
             member.set_state(state)
             if (seed := next(given)) is not None:
                 member.np_random = seeding.np_random(seed)[0]
@@ -226,6 +220,16 @@ class SimulatorEnv(gym.Env):
     def close(self) -> None:
         """Closes the simulator."""
         self.sim.close()
+
+    def _another(self) -> SimulatorEnv:
+        """Returns an environment like this one that has not started."""
+        return SimulatorEnv(
+            self._make_simulator,
+            chunk_length=self.chunk_length,
+            horizon=self.horizon,
+            snapshots=self.snapshots,
+            render_mode=self.render_mode,
+        )
 
     def _require_started(self) -> np.ndarray:
         if self._frame is None:

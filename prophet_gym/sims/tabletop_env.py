@@ -61,3 +61,12 @@ class TabletopEnv(SimulatorEnv):
                 f"look={self.sim.look.name!r}; make the environment with the look of the snapshot."
             )
         return state
+
+    def _another(self) -> TabletopEnv:
+        return TabletopEnv(
+            chunk_length=self.chunk_length,
+            horizon=self.horizon,
+            snapshots=self.snapshots,
+            render_mode=self.render_mode,
+            look=self.sim.look.name,
+        )

@@ -33,9 +33,9 @@ class Wanderer:
         noise = self._rng.normal(0.0, np.sqrt(1 - _MEMORY**2), self._drift.shape)
         self._drift = _MEMORY * self._drift + noise
         self._open = np.where(self._rng.random(len(self._open)) < _TOGGLE, 1.0 - self._open, self._open)
-        rest = np.zeros((len(self._open), 1, 7))
-        rest[:, 0, 6] = self._open
-        native = self._spec.from_canonical(np.swapaxes(rest, 0, 1)).reshape(-1, 7)
+        rest = np.zeros((1, len(self._open), 7))
+        rest[0, :, 6] = self._open
+        native = self._spec.from_canonical(rest).reshape(-1, 7)
         reach = _REACH * (high - low)[:6] / 2
         native[:, :6] = np.clip((high + low)[:6] / 2 + self._drift * reach, low[:6], high[:6])
         return native.reshape(-1).astype(np.float32)
