@@ -145,6 +145,7 @@ def train_all_weights(config: Config, run: Run) -> ProphetWorldModel:
             num_layers=network.num_layers,
             adaln_lora_dim=network.adaln_lora_dim,
             action_frames=network.action_frames,
+            residual=network.residual,
             first_step=0.5,  # as `prophet adapt` sets it for a world of one denoising step
             num_inference_steps=base.num_inference_steps,
             # Fresh weights get the optimisation that the packaged ones were trained with.

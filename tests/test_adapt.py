@@ -221,6 +221,33 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert torch.equal(value, resumed["model"][name]), name
 
 
+def test_a_run_killed_in_an_evaluation_makes_it_up(
+    config: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a candidate for the best weights would be lost, and a run that was to stop would go on."""
+    config = replace(config, patience=1, loop=replace(LOOP, steps=6))
+    real, seen = adapt_module.validation_numbers, []
+
+    def worse_and_worse(report: dict) -> dict[str, float]:
+        seen.append(1)
+        if len(seen) == 2:
+            raise RuntimeError("power cut")
+        return {**real(report), "validation_epe_mean": float(len(seen))}
+
+    monkeypatch.setattr(adapt_module, "validation_numbers", worse_and_worse)
+    with pytest.raises(RuntimeError, match="power cut"):
+        adapt(config)
+    adapt(replace(config, resume=True))
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" not in line] == [2]
+    assert max(line["step"] for line in lines) == 2
+    shutil.rmtree(config.out)  # as if the run had been killed while it wrote the result
+    adapt(replace(config, resume=True))
+    assert len(seen) == 3
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 2
+
+
 def test_data_without_cameras_make_a_world_that_needs_none(config: AdaptConfig, tmp_path: Path) -> None:
     """And without poses: starts are at the origin, and the card says so."""
     bare = write(tmp_path / "bare", lambda e: replace(e, camera=None, eef_pose=None, gripper=None))

@@ -58,10 +58,11 @@ def test_arms_differ_in_their_start_and_in_nothing_else(config: Config, results:
     loops = {arm: json.loads((runs[arm] / "config.json").read_text())["loop"] for arm in ARMS}
     for key in ("steps", "batch_size", "seed", "warmup_steps", "eval_every"):
         assert len({loops[arm][key] for arm in ARMS}) == 1, key
-    clips = np.load(runs["adapt"] / "clips" / "actions.npy")
+    (kept,) = (runs["adapt"] / "clips").glob("*/actions.npy")
+    clips = np.load(kept)
     assert len(clips) == 1  # the other episode is held out
     for arm in ("scratch", "full"):
-        (cached,) = (config.out / "cache-2").glob("train-*/actions.npy")
+        (cached,) = (config.out / "cache-2").glob("train-*/*/actions.npy")
         assert np.array_equal(np.load(cached), clips)
         world = ProphetWorldModel.from_pretrained(folders[arm] / "best")
         for ours, theirs in zip(world.codec.vae.parameters(), base.codec.vae.parameters(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from prophet_gym.cli import main
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import EpisodeFolder, write_episode
 from prophet_gym.data.opening import open_dataset
+from prophet_gym.training.adapt_config import AdaptConfig
+from prophet_gym.training.adapt_data import split_data
 
 NAMES = ("a", "b", "c")
 
@@ -106,6 +109,24 @@ def test_variants_are_other_crops_with_their_calibration(
     again = tmp_path / "again"
     assert not convert(monkeypatch, recorded, again, "--episodes", "0", "--variants", "1", "--image-size", "32", "64")
     np.testing.assert_array_equal(EpisodeFolder(again)[1].frames, first.frames)
+
+
+def test_names_with_a_slash_are_found_again(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not convert(monkeypatch, recorded, tmp_path / "to", "--prefix", "kitchen/", "--variants", "1")
+    episodes = EpisodeFolder(tmp_path / "to")
+    assert episodes.names == tuple(f"kitchen_{name}{v}" for name in NAMES for v in ("", "_v01"))
+    assert episodes[1].metadata == {"variant_of": "kitchen_a"}
+
+
+def test_adaptation_refuses_to_measure_on_variants_of_what_it_trains_on(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "to"
+    assert not convert(monkeypatch, recorded, out, "--variants", "2")
+    config = AdaptConfig(data=out, base="tabletop", out=tmp_path / "world")
+    with pytest.raises(ValueError, match=r"variants of the same recordings \(c\).*--held-out"):
+        split_data(config, (32, 64), 4, 8)
+    assert split_data(replace(config, held_out=3), (32, 64), 4, 8).num_training == 6
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from mixture_parallel import mixture_config
 from test_training import square_episode
 
+import prophet_gym.training.pretrain as pretrain_module
 from prophet_gym.data.folder import write_episode
 from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import encode_clips, load_clips
@@ -179,6 +181,24 @@ def test_a_run_learns_from_all_sets_and_leaves_a_checkpoint(alone: Path) -> None
     assert "6 clips" in ProphetWorldModel.from_pretrained(alone / "prophet").config.trained_on
     with pytest.raises(ValueError, match="--resume"):
         pretrain(mixture_config(alone.parent, 1))
+
+
+def test_a_run_killed_while_it_writes_the_result_leaves_an_open_memory(
+    folder: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = lambda name, **kwargs: preset(name, **{**kwargs, "memory_gate": 0.0})  # noqa: E731  as of from-cosmos
+    monkeypatch.setattr(pretrain_module, "preset", closed)
+    shutil.rmtree(alone / "prophet")
+    pretrain(replace(mixture_config(folder, 1), run=alone, resume=True))
+    assert ProphetWorldModel.from_pretrained(alone / "prophet").transformer.config.memory_gate == 1.0
+
+
+def test_another_number_of_processes_is_another_run(folder: Path, alone: Path) -> None:
+    stored = json.loads((alone / "config.json").read_text())
+    (alone / "config.json").write_text(json.dumps({**stored, "processes": 2}))
+    with pytest.raises(ValueError, match="same settings"):
+        pretrain(replace(mixture_config(folder, 1), run=alone, resume=True))
+    (alone / "config.json").write_text(json.dumps(stored))
 
 
 def assert_trained_as_one(run: Path, alone: Path, kind: str) -> None:

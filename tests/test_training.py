@@ -21,7 +21,7 @@ from prophet_gym.data.folder import write_episode
 from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import encode_clips, load_clips
 from prophet_gym.training.config import WorldModelConfig
-from prophet_gym.training.loop import LoopConfig
+from prophet_gym.training.loop import LoopConfig, forget_after
 from prophet_gym.training.objective import velocity_loss
 from prophet_gym.training.self_rollout import SelfRollout
 from prophet_gym.training.vae import VAEConfig, train_vae
@@ -145,6 +145,33 @@ def test_decoder_alone_can_be_trained_on(data: Path, vae_folder: Path, tmp_path:
         assert same == name.startswith("encoder"), name
     with pytest.raises(ValueError, match="without init"):
         replace(config, init=None)
+
+
+def test_clips_too_short_for_the_codecs_groups_are_refused(data: Path, tmp_path: Path) -> None:
+    config = VAEConfig(data=data, validation=None, run=tmp_path / "run", cache=tmp_path / "c", groups=100)
+    with pytest.raises(ValueError, match="expected at least 400 for groups=100"):
+        train_vae(config)
+    with pytest.raises(ValueError, match="groups=0"):
+        replace(config, groups=0)
+
+
+def test_a_start_of_the_other_parametrisation_is_said(
+    config: WorldModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    once = replace(config, loop=replace(TINY_LOOP, steps=1), residual=True)
+    train_world_model(once)
+    onward = replace(once, run=config.run.parent / "onward", init=config.run / "prophet")
+    train_world_model(onward)
+    assert "residual" not in caplog.text
+    train_world_model(replace(onward, run=config.run.parent / "other", residual=False))
+    assert "residual=True, this run residual=False" in caplog.text
+
+
+def test_a_torn_last_line_of_the_log_goes(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "score": 0.5}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert not forget_after(metrics, 2) and len(metrics.read_text().splitlines()) == 3
+    assert forget_after(metrics, 1) and len(metrics.read_text().splitlines()) == 2
 
 
 def test_world_model_run_leaves_a_loadable_checkpoint(config: WorldModelConfig) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from squares import square_episode
 from prophet_gym.action_frames import Camera, project
 from prophet_gym.data import Episode, EpisodeFolder, write_episode, write_lerobot
 from prophet_gym.data.windows import EpisodeWindows
+from prophet_gym.training import clips as clips_module
 from prophet_gym.training.clips import ClipSource, load_clips
 
 CAMERA = Camera(np.array([[20.0, 0, 7], [0, 20, 8], [0, 0, 1]]), np.eye(4), 16, 16)
@@ -111,6 +114,55 @@ def test_the_cache_follows_files_and_source(episodes: list[Episode], tmp_path: P
         assert clips.actions.shape[1] == length
     write_episode(tmp_path / "folder" / "b", episodes[1])
     assert len(load_clips(tmp_path / "folder", tmp_path / "cache", source=ClipSource(clip_length=4))) > len(clips)
+
+
+def test_runs_on_other_data_share_a_cache_without_touching_each_others_clips(
+    episodes: list[Episode], tmp_path: Path
+) -> None:
+    for name, episode in (("long", episodes[1]), ("short", episodes[0])):
+        write_episode(tmp_path / name / "a", episode)
+    first = load_clips(tmp_path / "long", tmp_path / "cache")
+    kept = {name: getattr(first, name).copy() for name in ("frames", "actions")}
+    second = load_clips(tmp_path / "short", tmp_path / "cache")
+    assert second.actions.shape != first.actions.shape
+    for name, values in kept.items():  # memory-mapped: pages that were overwritten would change, or end the process
+        np.testing.assert_array_equal(getattr(first, name), values)
+
+
+def test_runs_on_the_same_data_decode_it_once(
+    episodes: list[Episode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_episode(tmp_path / "data" / "a", episodes[0])
+    decode, calls = clips_module._decode, []
+
+    def slow(*args: object) -> None:
+        calls.append(1)
+        time.sleep(0.2)
+        decode(*args)
+
+    monkeypatch.setattr(clips_module, "_decode", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: load_clips(tmp_path / "data", tmp_path / "cache"), range(3)))
+    assert len(calls) == 1
+    for clips in found:
+        np.testing.assert_array_equal(clips.frames[0], episodes[0].frames)
+
+
+def test_labels_in_pixels_cost_one_decoding_more(episodes: list[Episode]) -> None:
+    decoded = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            def decode() -> np.ndarray:
+                decoded.append(1)
+                return episodes[1].frames
+
+            px = np.zeros((len(episodes[1]) + 1, 2))
+            return replace(episodes[1], images=decode, labels={"block_px": px})
+
+    windows = EpisodeWindows(Counted([None]), 4, image_size=(16, 16))
+    assert len(windows) == 5 and all(window.frames.shape[1:3] == (16, 16) for window in windows)
+    assert len(decoded) == 2
 
 
 @pytest.mark.data

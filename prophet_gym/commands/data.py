@@ -16,7 +16,7 @@ from ..data.fitting import stretched
 from ..data.folder import write_episode
 from ..data.lerobot_writer import write_lerobot
 from ..data.opening import open_dataset
-from ..data.variants import augmented
+from ..data.variants import VARIANT_OF, augmented
 
 __all__ = ["convert"]
 
@@ -38,7 +38,7 @@ def convert(
     """Write a data set anew, as a folder of episodes or a LeRobotDataset v3.0: other images, some of its episodes.
 
     A folder of episodes may exist, so that several sets or cameras can be gathered in one; episodes of a name that is
-    there already are an error.
+    there already are an error. In a folder, `/` in names (of several HDF5 files) becomes `_`.
 
     Args:
         data: a data set of any format.
@@ -62,19 +62,22 @@ def convert(
     chosen = [i for i in episodes or range(len(source)) if i not in leave_out]
     if not chosen:
         raise ValueError(f"nothing is left of {data}: all {len(source)} episodes are left out")
-
     if variants < 0:
         raise ValueError(f"variants={variants}: expected 0 or more")
 
     def converted() -> Iterator[Episode]:
         for i in tqdm(chosen, unit="episode", mininterval=1.0):
             for k in range(1 + variants):
-                episode = replace(source[i], name=f"{prefix}{source.names[i]}{f'_v{k:02d}' if k else ''}")
+                name = f"{prefix}{source.names[i]}"
+                if format == "folder":  # a folder in a folder would not be found
+                    name = name.replace("/", "_")
+                episode = replace(source[i], name=f"{name}_v{k:02d}" if k else name)
                 if control_hz is not None:
                     spec = replace(episode.action_spec, control_hz=control_hz)
                     episode = replace(episode, action_spec=spec, fps=control_hz)
                 if k:
                     episode = augmented(episode, np.random.default_rng([seed, i, k]))
+                    episode = replace(episode, metadata={**episode.metadata, VARIANT_OF: name})
                 yield episode if image_size is None else stretched(episode, image_size)
 
     if format == "lerobot":

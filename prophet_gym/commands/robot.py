@@ -60,7 +60,7 @@ def calibrate(
     if apply is not None:
         with atomic_folder(apply) as folder:
             for i, name in enumerate(episodes.names):
-                write_episode(folder / name, replace(episodes[i], camera=result.camera))
+                write_episode(folder / name.replace("/", "_"), replace(episodes[i], camera=result.camera))
         print(f"{len(episodes)} episodes with this camera: {apply}")
 
 

@@ -9,7 +9,10 @@ import numpy as np
 from prophet_gym.action_frames import Camera
 from prophet_gym.data.episode import Episode
 
-__all__ = ["augmented"]
+__all__ = ["VARIANT_OF", "augmented"]
+
+VARIANT_OF = "variant_of"
+"""Key of the metadata of a variant: the name of the episode that it was made of."""
 
 _SMALLEST = 0.75  # share of height and width that a crop keeps at least
 _GAIN, _OFFSET = 0.15, 12.0  # largest change of a channel's contrast (relative) and brightness (grey levels)

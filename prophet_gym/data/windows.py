@@ -75,10 +75,14 @@ class EpisodeWindows(EpisodeSequence):
             )
         self.names, self.left_out = tuple(names), tuple(left_out)
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._sizes: dict[int, tuple[int, int]] = {}  # recorded ones, of the episodes with labels in pixels
         self._lock = Lock()
 
     def read(self, index: int) -> Episode:
-        """Read one window; its frames are decoded at the first use, once for several windows of an episode."""
+        """Read one window; its frames are decoded at the first use, once for several windows of an episode.
+
+        Labels in pixels that are brought to another size need the recorded one: one more decoding of an episode.
+        """
         place, start = self._places[index]
         whole = self.episodes[place]
         rows = slice(start, start + self.length + 1)
@@ -96,16 +100,18 @@ class EpisodeWindows(EpisodeSequence):
             camera=camera,
             eef_pose=part(whole.eef_pose),
             gripper=part(whole.gripper),
-            labels={key: self._scaled(key, part(value), whole) for key, value in whole.labels.items()},
+            labels={key: self._scaled(key, part(value), place, whole) for key, value in whole.labels.items()},
             name=self.names[index],
             simulator_state=whole.simulator_state if start == 0 else None,
         )
 
-    def _scaled(self, key: str, values: np.ndarray, episode: Episode) -> np.ndarray:
+    def _scaled(self, key: str, values: np.ndarray, place: int, episode: Episode) -> np.ndarray:
         if self.image_size is None or not key.endswith("_px"):
             return values
-        height, width = episode.frames.shape[1:3]
-        return fit_points(values, (height, width), self.image_size, self.fit)
+        if place not in self._sizes:
+            _, height, width, _ = replace(episode).frames.shape  # of a copy: its frames are freed
+            self._sizes[place] = (height, width)
+        return fit_points(values, self._sizes[place], self.image_size, self.fit)
 
     def __repr__(self) -> str:
         """Say how many, how long, and of what."""
@@ -116,7 +122,8 @@ class EpisodeWindows(EpisodeSequence):
             if place in self._decoded:
                 self._decoded.move_to_end(place)
                 return self._decoded[place]
-        frames = episode.frames if self.image_size is None else fit_frames(episode.frames, self.image_size, self.fit)
+        frames = replace(episode).frames  # of a copy, as above
+        frames = frames if self.image_size is None else fit_frames(frames, self.image_size, self.fit)
         with self._lock:
             self._decoded[place] = frames
             while len(self._decoded) > _KEPT:

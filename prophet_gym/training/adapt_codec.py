@@ -28,7 +28,7 @@ __all__ = ["codec_limits", "take_decoder", "train_decoder", "warn_of_the_codec"]
 
 logger = logging.getLogger(__name__)
 
-_GROUPS = 4  # of four frames, in a training clip of the decoder
+_GROUPS = 4  # of four frames, in a training clip of the decoder where clips are long enough
 
 
 def train_decoder(config: AdaptConfig, codec: VideoCodec, folder: Path, source: ClipSource) -> Path:
@@ -44,7 +44,8 @@ def train_decoder(config: AdaptConfig, codec: VideoCodec, folder: Path, source: 
         Folder of the codec with the new decoder.
 
     Raises:
-        ValueError: another codec than those of ``prophet train vae``, or RUN/decoder was made with other settings.
+        ValueError: another codec than those of ``prophet train vae``, clips of less than four commands, or RUN/decoder
+            was made with other settings.
     """
     if not codec.folded:
         raise ValueError(
@@ -63,7 +64,7 @@ def train_decoder(config: AdaptConfig, codec: VideoCodec, folder: Path, source: 
             data=config.data,
             validation=None,
             source=source,
-            groups=_GROUPS,
+            groups=min(_GROUPS, (source.clip_length or 0) // VideoCodec.temporal_stride),
             run=run,
             cache=run / "cache",
             init=folder,

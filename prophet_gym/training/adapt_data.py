@@ -11,6 +11,7 @@ from ..data.episode import Episode
 from ..data.fitting import fit_camera, fit_frames
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
+from ..data.variants import VARIANT_OF
 from ..data.windows import EpisodeWindows
 from ..snapshot import Snapshot, SnapshotSet
 from .adapt_config import AdaptConfig
@@ -55,7 +56,8 @@ def split_data(config: AdaptConfig, image_size: tuple[int, int], chunk_length: i
         history_frames: frames of its history.
 
     Raises:
-        ValueError: the set cannot be opened, has too few episodes, or none is as long as a chunk.
+        ValueError: the set cannot be opened, has too few episodes, held-out ones are variants of what is trained on, or
+            none is as long as a chunk.
     """
     episodes = open_dataset(config.data, card=config.card, camera=config.camera)
     count = len(episodes)
@@ -66,14 +68,23 @@ def split_data(config: AdaptConfig, image_size: tuple[int, int], chunk_length: i
             "on: record more, or hold out fewer"
         )
     lengths, spec = [], episodes[0].action_spec
+    recordings: tuple[set[str], set[str]] = (set(), set())  # trained on, held out
     drawable = posed = 0
     for i in range(count):
         episode = episodes[i]
         drawable += episode.camera is not None and episode.eef_pose is not None
+        recordings[i >= count - held_out].add(episode.metadata.get(VARIANT_OF, episode.name))
         if i < count - held_out:
             lengths.append(len(episode))
         else:
             posed += episode.eef_pose is not None
+    shared = sorted(recordings[0] & recordings[1])
+    if shared:
+        raise ValueError(
+            f"{config.data}: the last {held_out} episodes, which are to be held out, and those that are trained on are "
+            f"variants of the same recordings ({', '.join(shared[:3])}); expected no recording in both: let "
+            "--held-out cover all variants of the last ones, or convert without --variants"
+        )
     length = config.clip_length
     if length is None:
         # Nine of ten episodes are as long; less than a chunk cannot be trained, more than chunk and history is no use.

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic_text
 from ..strict_json import to_json
 from ..world_model.lora import save_adapter
 from ..world_model.transformer import ProphetTransformer
@@ -16,8 +17,8 @@ class BestAdapter:
     """Keeps the adapter with the lowest error; ``best.json`` names it, so that a killed run finds it again.
 
     Attributes:
-        record: step, error, memory gate and folder name of the best; empty before the first
-            evaluation.
+        record: step, error, memory gate and folder name of the best, and the step of the latest evaluation; empty
+            before the first.
     """
 
     def __init__(self, run: Path, patience: int, *, resume: bool) -> None:
@@ -28,7 +29,7 @@ class BestAdapter:
             patience: steps without a better error after which the run should stop.
             resume: the run continues.
         """
-        self.run, self.patience, self.latest = run, patience, 0
+        self.run, self.patience = run, patience
         self.record: dict[str, Any] = json.loads((run / "best.json").read_text()) if resume else {}
 
     @property
@@ -38,16 +39,13 @@ class BestAdapter:
 
     def offer(self, transformer: ProphetTransformer, step: int, error: float) -> bool:
         """Keep these weights if none were better, and say whether they were kept."""
-        self.latest = step
         if self.record and not error < self.record["error"]:
+            self._write({**self.record, "latest": step})
             return False
         name = f"step_{step:06d}"
         save_adapter(transformer, self.run / "adapters" / name, overwrite=True)
         gate = float(transformer.config.memory_gate)
-        self.record = {"step": step, "error": error, "memory_gate": gate, "folder": name}
-        temporary = self.run / "best.json.tmp"
-        temporary.write_text(to_json(self.record))
-        temporary.replace(self.run / "best.json")
+        self._write({"step": step, "error": error, "memory_gate": gate, "folder": name, "latest": step})
         for other in (self.run / "adapters").iterdir():
             if other.name != name:
                 shutil.rmtree(other)
@@ -55,4 +53,8 @@ class BestAdapter:
 
     def exhausted(self) -> bool:
         """Whether the best is ``patience`` steps old."""
-        return bool(self.record) and self.latest - self.record["step"] >= self.patience
+        return bool(self.record) and self.record.get("latest", 0) - self.record["step"] >= self.patience
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.record = record
+        atomic_text(self.run / "best.json", to_json(record))

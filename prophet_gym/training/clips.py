@@ -1,6 +1,7 @@
 """Recorded episodes as arrays that training can index: frames, commands, poses, drawn actions, latents.
 
-Episodes are decoded once into a cache folder of ``.npy`` files and memory-mapped from there.
+Episodes are decoded once into a cache folder of ``.npy`` files and memory-mapped from there. Every content has a
+subfolder of its own, so that runs on different data can share a cache; runs on the same data wait for each other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
+from ..atomic import atomic_folder
 from ..data.cards import Fit
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
@@ -108,11 +113,11 @@ def load_clips(
     drawn_size: tuple[int, int] | None = None,
     one_robot: bool = True,
 ) -> ClipArrays:
-    """Decode the episodes of ``root`` into ``cache`` (once) and open them.
+    """Decode the episodes of ``root`` into a subfolder of ``cache`` (once) and open them.
 
     Args:
         root: a data set of any format.
-        cache: folder for the arrays; reused when it was made from the same files in the same way.
+        cache: folder of subfolders, one for each content: what was made from the same files in the same way is reused.
         source: how it becomes clips of one length and size.
         num_effectors: N that commands are padded to.
         drawn_size: height and width of the stored action frames in pixels, an area average of the drawn ones; None
@@ -122,7 +127,7 @@ def load_clips(
     Raises:
         ValueError: no episodes, episodes of different lengths, sizes or conventions, or a camera is missing.
     """
-    episodes, cache = source.open(root), Path(cache)
+    episodes = source.open(root)
     first = episodes[0]
     if drawn_size and first.camera is None:
         raise ValueError(f"{root}: {first.name} has no camera to draw actions with; train with action_frames='none'")
@@ -130,17 +135,32 @@ def load_clips(
         raise ValueError(f"{root}: {first.name} has no poses to draw actions at; train with action_frames='none'")
     content = fingerprint(root, source)
     stamp = {"layout": 4, "content": content, "n": num_effectors, "drawn_size": list(drawn_size or ())}
-    index = cache / "clips.json"
-    if not (index.is_file() and json.loads(index.read_text()) == stamp):
-        cache.mkdir(parents=True, exist_ok=True)
-        index.unlink(missing_ok=True)
-        _decode(episodes, cache, num_effectors, drawn_size, one_robot)
-        temporary = index.with_suffix(".tmp")
-        temporary.write_text(json.dumps(stamp))
-        os.replace(temporary, index)
-    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in _ALWAYS}
-    drawn = np.load(cache / "drawn.npy", mmap_mode="r") if (cache / "drawn.npy").exists() else None
-    return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=stamp["content"])
+    with _content_folder(cache, stamp) as folder:
+        if not folder.exists():
+            with atomic_folder(folder) as work:
+                _decode(episodes, work, num_effectors, drawn_size, one_robot)
+                (work / "clips.json").write_text(json.dumps(stamp))
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ALWAYS}
+    drawn = np.load(folder / "drawn.npy", mmap_mode="r") if drawn_size else None
+    return ClipArrays(**arrays, drawn=drawn, action_spec=first.action_spec, content=content)
+
+
+@contextmanager
+def _content_folder(cache: str | Path, stamp: dict[str, Any]) -> Iterator[Path]:
+    """Yield the subfolder of a cache for what a stamp describes; other processes that want the same wait meanwhile."""
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
+    lock = FileLock(cache / f".{folder.name}.lock")  # the system releases it when its holder dies
+    try:
+        lock.acquire(timeout=5)  # more than processes of one run need that open it together
+    except Timeout:
+        logger.warning("%s: another run is filling it; waiting until it has", folder)
+        lock.acquire()
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 
 def fingerprint(root: str | Path, source: ClipSource = ClipSource()) -> str:
@@ -171,7 +191,6 @@ def _decode(
     actions = create("actions", (length - 1, num_effectors, 7), np.float32)
     object_px = create("object_px", (length, 2, 2), np.float32)
     effector_px = create("effector_px", (length, num_effectors, 2), np.float32)
-    (cache / "drawn.npy").unlink(missing_ok=True)
     drawn = create("drawn", (length, *drawn_size, 3), np.uint8) if drawn_size else None
 
     def one(i: int) -> None:
@@ -218,30 +237,42 @@ class LatentArrays:
 
 @torch.no_grad()
 def encode_clips(vae: Any, clips: ClipArrays, cache: str | Path, batch: int = 16) -> LatentArrays:
-    """Encode all clips into ``cache`` (resumes after an interruption) and open the result.
+    """Encode all clips into a subfolder of ``cache`` (resumes after an interruption) and open the result.
 
     Args:
         vae: a codec that :class:`VideoCodec` takes. A causal one sees the frame before a group, too, and no others.
         clips: decoded clips.
-        cache: folder of the result.
+        cache: folder of subfolders, one for each codec and content.
         batch: clips between two writes.
     """
-    cache, codec = Path(cache), VideoCodec(vae)
-    cache.mkdir(parents=True, exist_ok=True)
+    codec = VideoCodec(vae)
     count, length, height, width, _ = clips.frames.shape
     grid = list(range(0, length, 2))
     stride = VideoCodec.spatial_stride
     shape = (count, len(grid), codec.latent_channels, height // stride, width // stride)
-    done_file = cache / "latents_done.json"
-    weights = hashlib.sha256()
+    weights = hashlib.sha256(json.dumps([vae.config.latents_mean, vae.config.latents_std]).encode())
     for parameter in vae.parameters():
         weights.update(parameter.detach().cpu().float().numpy().tobytes())
     stamp = {"shape": list(shape), "content": clips.content, "vae": weights.hexdigest()}
-    kept = json.loads(done_file.read_text()) if done_file.is_file() else {}
-    done = kept["done"] if {k: kept.get(k) for k in stamp} == stamp else 0  # other clips or another codec: start over
-    mode = "r+" if done else "w+"
+    with _content_folder(cache, stamp) as folder:
+        _encode_missing(codec, clips.frames, grid, shape, folder, batch)
+    return LatentArrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("single", "group")))
+
+
+def _encode_missing(
+    codec: VideoCodec, frames: np.ndarray, grid: list[int], shape: tuple[int, ...], folder: Path, batch: int
+) -> None:
+    """Encode the clips that an earlier call has not reached into ``single.npy`` and ``group.npy``."""
+    folder.mkdir(exist_ok=True)
+    count, _, height, width, _ = frames.shape
+    done_file = folder / "latents_done.json"
+    done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
+    if done == count:
+        return
     arrays = {
-        name: np.lib.format.open_memmap(cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=shape)
+        name: np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="r+" if done else "w+", dtype=np.float16, shape=shape
+        )
         for name in ("single", "group")
     }
     groups = np.maximum(np.asarray(grid)[:, None] + np.arange(-3, 1), 0)
@@ -253,7 +284,7 @@ def encode_clips(vae: Any, clips: ClipArrays, cache: str | Path, batch: int = 16
             "group": np.concatenate([np.maximum(groups[:, :1] - 1, 0), groups], axis=1),
         }
     for start in tqdm(range(done, count, batch), desc="encoding", mininterval=5.0):
-        block = torch.from_numpy(clips.frames[start : start + batch].copy())
+        block = torch.from_numpy(frames[start : start + batch].copy())
         for name, index in windows.items():
             parts = block[:, index].flatten(0, 1).split(max(1, _PIXELS // (index.shape[1] * height * width)))
             latents = torch.cat([_encode_windows(codec, part) for part in parts]).unflatten(0, (len(block), -1))
@@ -262,9 +293,8 @@ def encode_clips(vae: Any, clips: ClipArrays, cache: str | Path, batch: int = 16
             for array in arrays.values():
                 array.flush()
             temporary = done_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**stamp, "done": min(start + batch, count)}))
+            temporary.write_text(json.dumps({"done": min(start + batch, count)}))
             temporary.replace(done_file)
-    return LatentArrays(**arrays)
 
 
 def _encode_windows(codec: VideoCodec, frames: torch.Tensor) -> torch.Tensor:

@@ -105,13 +105,20 @@ def prepare_run(run: Path, config: dict[str, Any], resume: bool) -> None:
     stored.write_text(text)
 
 
-def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` beyond ``step``: a resumed run writes them again."""
-    if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        temporary = metrics.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(metrics)
+def forget_after(metrics: Path, step: int) -> bool:
+    """Drop the lines of ``metrics.jsonl`` beyond ``step``, which a resumed run writes again, and a torn last one.
+
+    Returns:
+        Whether a line with an evaluation of ``step`` is left.
+    """
+    if not metrics.exists():
+        return False
+    whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in whole if json.loads(line)["step"] <= step]
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(metrics)
+    return any(values["step"] == step and "loss" not in values for values in map(json.loads, lines))
 
 
 def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
@@ -165,7 +172,7 @@ def train_loop(
         accelerator: devices, mixed precision, gradient scaling.
         resume: continue from ``checkpoints/last.pt``.
         evaluate: called with the averaged model and the step; its numbers are logged.
-        stop: asked after each evaluation but the last; True ends the run there.
+        stop: asked after each evaluation but the last, also of a resumed run at one; True ends the run there.
         progress: show a bar with the remaining time.
         wrap: puts the model on the devices of all processes (:func:`.parallel.distribute`); by default there is one.
         accumulation: micro-batches of a step, whose gradients are averaged.
@@ -196,9 +203,8 @@ def train_loop(
         ema.load_state_dict({**saved["ema"], "shadow_params": averages})
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-        if accelerator.is_main_process:
-            forget_after(run / "metrics.jsonl", start)
         saved.clear()
+    known = accelerator.is_main_process and forget_after(run / "metrics.jsonl", start)
     ema.to(accelerator.device)
 
     def save(step: int) -> None:
@@ -208,14 +214,30 @@ def train_loop(
         if accelerator.is_main_process:
             atomic_save(whole, path)
 
+    def evaluate_averages(step: int) -> None:
+        if evaluate is not None:
+            ema.store(trained)
+            ema.copy_to(trained)
+            model.eval()
+            _log(run, accelerator, {"step": step, **evaluate(model, step)})
+            ema.restore(trained)
+
+    def due(step: int) -> bool:
+        return evaluate is not None and config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
+
+    ended = False
+    if start and due(start):  # the run was killed in or after the evaluation that follows its last checkpoint
+        if not known:
+            evaluate_averages(start)
+        ended = stop is not None and stop()
     bar = tqdm(
-        range(start, config.steps),
+        range(config.steps if ended else start, config.steps),
         initial=start,
         total=config.steps,
         disable=not (progress and accelerator.is_main_process),
         mininterval=5.0,
     )
-    clock, seen, evaluated = time.monotonic(), start, False
+    clock, seen = time.monotonic(), start
     for step in bar:
         factor = config.learning_rate_factor(step)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -255,21 +277,17 @@ def train_loop(
             bar.set_postfix(loss=f"{line['loss']:.4f}")
         if done % config.save_every == 0 or done == config.steps:
             save(done)
-        if evaluate is not None and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            ema.store(trained)
-            ema.copy_to(trained)
-            model.eval()
-            _log(run, accelerator, {"step": done, **evaluate(model, done)})
-            ema.restore(trained)
+        if due(done):
+            evaluate_averages(done)
             clock, seen = time.monotonic(), done
             if stop is not None and stop():
-                evaluated = True
+                ended = True
                 break
     if wrap is None:
         model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     ema.copy_to(trained)
     model.eval()
-    if evaluate is not None and not evaluated:
+    if evaluate is not None and not ended:
         _log(run, accelerator, {"step": config.steps, **evaluate(model, config.steps)})
     return model
 

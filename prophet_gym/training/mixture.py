@@ -38,7 +38,8 @@ class MixtureDataset:
         fit: How images come to that size; default the card's, or "stretch".
         episodes: First episode and the one after the last; default all.
         weight: Factor on how often it is drawn, beside its size.
-        draw_actions: Whether action frames are drawn; default: where all episodes have camera and poses.
+        draw_actions: Whether action frames are drawn; default: where episodes have camera and poses. Some of both is an
+            error that asks for a choice.
     """
 
     path: Path

@@ -168,10 +168,10 @@ def _encoding(dataset: OpenedDataset, denoiser: dict[str, Any], vae_class: Any, 
     def cost(frames: int) -> float:
         return encoding_flops(vae_class, vae_config, frames, dataset.image_size)
 
-    if vae_class is FoldedVideoVAE:  # a group is encoded as it is; one frame of context costs another group
-        return {"once": moments * 2 * cost(1), "each step": 0.0}
     pooled = dataset.draws and denoiser["action_frames"] == "pooled"
     clip = cost(1 + denoiser["chunk_length"])
+    if vae_class is FoldedVideoVAE:  # a group is encoded as it is; one frame of context costs another group
+        return {"once": moments * 2 * cost(1), "each step": pooled * clip}
     return {"once": moments * (cost(1) + cost(5)), "each step": (1 + pooled) * clip}
 
 

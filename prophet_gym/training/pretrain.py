@@ -142,7 +142,8 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = start_processes(config.mixed_precision, run)
     if accelerator.is_main_process:
         settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-        prepare_run(run, {**settings, "datasets": asdict(mixture)}, config.resume)
+        shared = {"datasets": asdict(mixture), "processes": accelerator.num_processes}  # a step has chunks of each
+        prepare_run(run, {**settings, **shared}, config.resume)
     accelerator.wait_for_everyone()
     effectors = max(dataset.source.open(dataset.path)[0].action_spec.num_effectors for dataset in mixture.datasets)
     transformer, vae, prophet_config = starting_point(config, effectors)
@@ -184,6 +185,7 @@ def pretrain(config: PretrainConfig) -> Path:
         wrap=lambda model: distribute(ChunkDenoiser(model), accelerator, config.parallel, varies=varies),
         accumulation=config.accumulation,
     )
+    trained.register_to_config(memory_gate=1.0)  # a run that is resumed behind its last step has not opened it
     weights = gathered(trained.state_dict())  # shards of all processes
     if accelerator.is_main_process:
         _save(weights, trained, vae, prophet_config, run / "prophet")

@@ -91,6 +91,8 @@ class PretrainConfig:
                 f"epochs={self.epochs}, accumulation={self.accumulation}; expected epochs above 0 and accumulation of "
                 "at least 1"
             )
+        if not 0.0 <= self.gate_fraction <= 1.0:
+            raise ValueError(f"gate_fraction={self.gate_fraction}: expected a share from 0 to 1")
         if self.parallel not in ("ddp", "fsdp2"):
             raise ValueError(f'parallel={self.parallel!r}: expected "ddp" or "fsdp2"')
         self.objective(self.action_frames, 1)

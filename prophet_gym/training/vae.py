@@ -56,6 +56,8 @@ class VAEConfig:
     """Continue an interrupted run."""
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups={self.groups}: expected at least 1")
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only=True without init: expected the codec whose encoder is kept")
 
@@ -94,6 +96,12 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     run = Path(config.run)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
     clips = load_clips(config.data, Path(config.cache) / "train", source=config.source, one_robot=False)
+    length, needed = clips.actions.shape[1], VideoCodec.temporal_stride * config.groups
+    if length < needed:
+        raise ValueError(
+            f"{config.data}: clips of {length} commands; expected at least {needed} for groups={config.groups}: give "
+            "longer clips or fewer groups"
+        )
     held_out = None
     if config.validation is not None:
         held_out = load_clips(

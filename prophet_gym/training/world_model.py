@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from .config import ObjectiveConfig, WorldModelConfig
 from .loop import prepare_run, train_loop
 from .objective import velocity_loss
 from .self_rollout import SelfRollout
+
+logger = logging.getLogger(__name__)
 
 
 def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWorldModel, int], dict[str, float]]:
@@ -142,7 +145,8 @@ def chunk_loss(
 def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
     """Copy the denoiser of a checkpoint; of a deeper one, evenly spaced blocks (the first and the last among them).
 
-    Where the new one draws no action frames, that stream of the checkpoint is left out.
+    Where the new one draws no action frames, that stream of the checkpoint is left out. A warning says where only one
+    of both is ``residual``: such weights have to learn anew what they are given and asked for.
 
     Raises:
         ValueError: not a checkpoint, or another architecture.
@@ -152,6 +156,11 @@ def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
     if len(blocks) > wanted:
         kept = torch.linspace(0, len(blocks) - 1, wanted).round().int().tolist()
         source.transformer_blocks = torch.nn.ModuleList([blocks[i] for i in kept])
+    if source.config.residual != transformer.config.residual:
+        logger.warning(
+            "%s: its denoiser has residual=%s, this run residual=%s; give the same to go on where it ended",
+            checkpoint, source.config.residual, transformer.config.residual,
+        )  # fmt: skip
     if transformer.action_frame_stream is None:
         source.action_frame_stream = None
     try:
