@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +22,9 @@ from prophet_gym.actions import ActionSpec, integrate_poses
 from prophet_gym.cli import main
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
-from prophet_gym.data.windows import EpisodeWindows
 from prophet_gym.snapshot import SnapshotSet
 from prophet_gym.training import adapt as adapt_module
 from prophet_gym.training.adapt import adapt, memory_gate
-from prophet_gym.training.adapt_codec import codec_limits, train_decoder
 from prophet_gym.training.adapt_config import AdaptConfig
 from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import ClipSource, encode_clips, load_clips
@@ -139,7 +134,7 @@ def test_the_result_is_an_environment(
     lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_epe_mean" in line] == [2, 4]
     assert list(config.run_folder.rglob("events.out.tfevents*"))
-    trained_on = np.load(config.run_folder / "clips" / "actions.npy")[..., :2]
+    trained_on = np.load(next((config.run_folder / "clips").glob("*/actions.npy")))[..., :2]
     assert len(trained_on) == 1 + 2 + 2 and trained_on.shape[1] == 22  # of 22, 25 and 28 commands; 31 are held out
     assert not any(
         np.abs(clip[5, 0] - last.canonical_actions[:, 0, :2]).max(axis=1).min() < 1e-6 for clip in trained_on
@@ -315,7 +310,7 @@ def test_a_causal_codec_is_trained_on_what_a_rollout_sees(config: AdaptConfig, t
         torch.testing.assert_close(batch.latents[row], codec.encode(frames[None])[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(batch.history[row, :, -1], batch.latents[row, :, 0], atol=0.03, rtol=0.03)
     anchored = codec.encode(torch.from_numpy(clips.frames[:1, 4:9].copy()))[0, :, 1]
-    torch.testing.assert_close(torch.from_numpy(latents.group[0, 4]).float(), anchored, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(torch.from_numpy(latents.group[0, 4].copy()).float(), anchored, atol=0.03, rtol=0.03)
 
 
 def test_faults_stop_unless_they_are_ignored(config: AdaptConfig, tmp_path: Path) -> None:
@@ -377,29 +372,6 @@ def test_command(config: AdaptConfig, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "exists already" in capsys.readouterr().err
 
 
-def test_killed_run_resumes(config: AdaptConfig, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "prophet_gym.cli", "adapt", str(config.data), "--base", config.base),
-        *("--out", str(config.out), "--rank", "2", "--batch-size", "2", "--warmup-steps", "1", "--ema-decay", "0.5"),
-        *("--learning-rate", "3e-3", "--log-every", "1", "--save-every", "1", "--eval-every", "2000"),
-        *("--mixed-precision", "no", "--steps", "4000"),
-    ]
-    checkpoint = config.run_folder / "checkpoints" / "last.pt"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    step = torch.load(checkpoint, weights_only=True)["step"]
-    stored = json.loads((config.run_folder / "config.json").read_text())
-    stored["loop"]["steps"] = step + 1  # a shorter run, so that the test ends: the stored settings must agree
-    (config.run_folder / "config.json").write_text(json.dumps(stored))
-    adapt(replace(config, loop=replace(LOOP, steps=step + 1, eval_every=2000), resume=True))
-    assert torch.load(checkpoint, weights_only=True)["step"] == step + 1
-    assert env_steps(config.out)
-
-
 @pytest.mark.data
 def test_real_recordings_without_camera_and_poses(
     config: AdaptConfig, recordings: Path, caplog: pytest.LogCaptureFixture
@@ -409,19 +381,3 @@ def test_real_recordings_without_camera_and_poses(
     assert env_steps(bridge.out)
     assert ProphetWorldModel.from_pretrained(bridge.out).action_spec.delta == "difference"
     assert "the base knows 'servo' deltas, the data have 'difference' ones" in caplog.text
-
-
-def test_a_small_codec_learns_to_draw_the_new_images(
-    config: AdaptConfig, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its decoder alone, so that the base's latents stay; the result carries it, and other settings are refused."""
-    result = adapt(replace(config, decoder_steps=20, loop=replace(LOOP, steps=1)))
-    before, after = (ProphetWorldModel.from_pretrained(folder).codec for folder in (tiny_checkpoint, config.out))
-    for (name, old), new in zip(before.vae.named_parameters(), after.vae.parameters(), strict=True):
-        assert torch.equal(old, new) == name.startswith("encoder"), name
-    windows = EpisodeWindows([square(3, 31)], 31, image_size=(48, 48))
-    assert codec_limits(after, windows)["psnr"] > codec_limits(before, windows)["psnr"] + 1
-    assert result["codec"]["epe"] >= result["codec"]["last_frame_epe"] and "Give more --decoder-steps" in caplog.text
-    assert all(part in (config.out / "README.md").read_text() for part in ("--decoder-steps 20", "The codec alone"))
-    with pytest.raises(ValueError, match="decoder: the stored config.json differs"):
-        train_decoder(replace(config, decoder_steps=30), before, tiny_checkpoint / "vae", ClipSource(clip_length=22))

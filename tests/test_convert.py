@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from prophet_gym.data.folder import EpisodeFolder, write_episode
 from prophet_gym.data.opening import open_dataset
 from prophet_gym.training.adapt_config import AdaptConfig
 from prophet_gym.training.adapt_data import split_data
+from prophet_gym.world_model.prophet import ProphetWorldModel
 
 NAMES = ("a", "b", "c")
 
@@ -155,3 +157,30 @@ def test_an_episode_is_never_replaced(
     assert not convert(monkeypatch, recorded, tmp_path / "to", "--episodes", "0")
     assert convert(monkeypatch, recorded, tmp_path / "to", "--episodes", "0") == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_evaluation_cuts_and_stretches_recordings(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``prophet eval --stride``: two recordings of 12 commands are six windows of 4, at the checkpoint's size."""
+    spec = ProphetWorldModel.from_pretrained(tiny_checkpoint).action_spec
+    camera = Camera(np.array([[80.0, 0, 47.5], [0, 80, 35.5], [0, 0, 1]]), np.eye(4), 96, 72)
+    for i in range(2):
+        pose = np.eye(4)
+        pose[2, 3] = 1.0
+        episode = Episode(
+            images=np.random.default_rng(i).integers(0, 256, (13, 72, 96, 3), np.uint8),
+            actions=np.tile(np.array([0.01, 0, 0, 0, 0, 0, 1.0]), (12, 1)),
+            action_spec=spec,
+            instruction="move",
+            fps=5.0,
+            camera=camera,
+            eef_pose=np.tile(pose, (13, 1, 1, 1)),
+            gripper=np.ones((13, 1)),
+        )
+        write_episode(tmp_path / "data" / f"episode_{i}", episode)
+    words = ["eval", tmp_path / "data", "--checkpoint", tiny_checkpoint, "--steps", "4", "--stride", "4"]
+    monkeypatch.setattr(sys, "argv", ["prophet", *map(str, [*words, "--out", tmp_path / "out"])])
+    main()
+    protocol = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
+    assert protocol["num_episodes"] == 6 and protocol["image_size"] == [48, 48] and protocol["steps"] == 4

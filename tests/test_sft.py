@@ -153,7 +153,11 @@ def test_record_travels_with_the_policy(config):
     text = run_sft(dataclasses.replace(config, behaviours=("expert",)))
     record = json.loads((config.run / "policy" / "training.json").read_text())
     assert record["data"]["episodes"] == 5 and record["data"]["behaviours"] == {"expert": 5}
-    assert record["config"]["data"] == ["data0"] and record["config"]["loop"]["steps"] == 6 and record["seed"] == 0
+    assert (
+        record["config"]["data"] == [config.data[0].name]
+        and record["config"]["loop"]["steps"] == 6
+        and record["seed"] == 0
+    )
     assert record["metrics"] == {"validation_loss": pytest.approx(log(config.run)[-1]["validation_loss"])}
     assert str(config.run.parent) not in json.dumps(record), "no paths of this machine"
     assert str(config.run / "policy") in text and "3 episodes" in text and "validation loss" in text

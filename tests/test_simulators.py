@@ -22,7 +22,7 @@ from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.data.record import record_wandering
 from prophet_gym.errors import MissingExtraError
 from prophet_gym.rotations import axis_angle_to_matrix, euler_to_matrix, matrix_to_quaternion
-from prophet_gym.sims import libero, robosuite
+from prophet_gym.sims import libero, robosuite, robosuite_tasks
 from prophet_gym.sims.bridge_backends import ManiSkillBackend, SimplerBackend
 from prophet_gym.sims.simpler import BridgeSim, make_bridge
 from prophet_gym.sims.simulator_env import SimulatorEnv
@@ -347,7 +347,7 @@ def test_unknown_tasks_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="Did you mean 'widowx_stack_cube'"):
         make_bridge(backend="simpler", task="widowx_stack_cubes", chunk_length=2)
     with pytest.raises(ValueError, match="Did you mean 'Lift'"):
-        robosuite.robosuite_task("Lifts")
+        robosuite_tasks.robosuite_task("Lifts")
     with pytest.raises(ValueError, match="Did you mean 'libero_goal'"):
         libero.libero_tasks("libero_gaol")
     tasks = [robosuite.RobosuiteTask(f"task_{i}", f"do {i}", lambda: None) for i in range(3)]

@@ -79,7 +79,7 @@ class ClipSource:
     image_size: tuple[int, int] | None = None
     """Height and width that images are brought to, multiples of 16; by default they stay as they are."""
     episodes: tuple[int, int] | None = None
-    """First episode and the one after the last; by default all."""
+    """First episode of the training data and the one after the last; by default all. Of held-out data all count."""
     fit: Fit = "stretch"
     """How images come to their size: "stretch", or "pad_or_crop" at the right height (paper 4.1.1)."""
 

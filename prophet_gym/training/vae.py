@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -105,7 +105,10 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
     held_out = None
     if config.validation is not None:
         held_out = load_clips(
-            config.validation, Path(config.cache) / "validation", source=config.source, one_robot=False
+            config.validation,
+            Path(config.cache) / "validation",
+            source=replace(config.source, episodes=None),
+            one_robot=False,
         )
     torch.manual_seed(config.loop.seed)
     if config.init is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def validator(config: WorldModelConfig, count: int = 32) -> Callable[[ProphetWor
     Raises:
         ValueError: fewer than two episodes, or action frames are to be drawn and a camera or poses are missing.
     """
-    episodes = config.source.open(config.validation)[:count]
+    episodes = replace(config.source, episodes=None).open(config.validation)[:count]
     if len(episodes) < 2:
         raise ValueError(f"{config.validation}: {len(episodes)} episode(s) to evaluate on; expected at least 2")
     blind = [e.name for e in episodes if e.camera is None or e.eef_pose is None]
