@@ -390,3 +390,8 @@ def test_wandering_is_recorded_in_any_simulator(installed: str, tmp_path: Path) 
     moved = episode.eef_pose[1:, 0, :3, 3] - episode.eef_pose[:-1, 0, :3, 3]
     np.testing.assert_allclose(moved, episode.canonical_actions[:, 0, :3], atol=1e-5)
     assert episode.camera is not None and episode.camera.width == 32 and episode.snapshot().simulator_state is not None
+    meta = tmp_path / episode.name / "meta.json"
+    meta.write_text(meta.read_text().replace(env_id, "Other-v0"))
+    (tmp_path / EpisodeFolder(tmp_path)[1].name).rename(tmp_path / ".aside")
+    with pytest.raises(ValueError, match=f"holds episodes of Other-v0, expected {env_id}"):
+        record_wandering(tmp_path, 2, seed=7, workers=0, steps=5, **options)

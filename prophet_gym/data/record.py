@@ -178,7 +178,7 @@ def record_set(
         Number of episodes recorded now.
 
     Raises:
-        ValueError: Counts are out of range.
+        ValueError: Counts are out of range, or the folder holds episodes of another simulator.
     """
     if episodes < 1 or workers < 0 or seed < 0:
         raise ValueError(
@@ -311,6 +311,15 @@ def _require_one_look(folder: Path, look: str) -> None:
         )
 
 
+def _require_same_simulator(folder: Path, name: str) -> None:
+    there = next(folder.glob("episode_*/meta.json"), None)
+    found = name if there is None else json.loads(there.read_text())["metadata"].get("sim", name)
+    if found != name:
+        raise ValueError(
+            f"{folder} holds episodes of {found}, expected {name}; give each simulator a folder of its own"
+        )
+
+
 _worker_sims: dict[str, Simulator] = {}  # one simulator and one OpenGL context per process
 
 
@@ -323,6 +332,7 @@ def _record_batch(
             other.close()
         _worker_sims.clear()
         _worker_sims[wanted] = simulator()
+    _require_same_simulator(folder, _worker_sims[wanted].name)
     for seed in seeds:
         episode = make(_worker_sims[wanted], seed)
         write_episode(folder / episode.name, episode)
