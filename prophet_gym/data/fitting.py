@@ -69,7 +69,10 @@ def stretched(episode: Episode, image_size: tuple[int, int]) -> Episode:
         for key, value in episode.labels.items()
     }
     camera = None if episode.camera is None else fit_camera(episode.camera, image_size, "stretch")
-    images = lambda: fit_frames(replace(episode).frames, image_size, "stretch")  # noqa: E731
+
+    def images() -> np.ndarray:
+        return fit_frames(replace(episode).frames, image_size, "stretch")
+
     return replace(episode, images=images, camera=camera, labels=labels)
 
 

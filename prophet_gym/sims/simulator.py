@@ -21,37 +21,52 @@ class Simulator(Protocol):
     """One scene with N end-effectors.
 
     Poses are end-effector to world, in metres; the world is the frame of the commands, and does not move.
-
-    Attributes:
-        name: where it comes from, for metadata and errors.
-        action_spec: meaning of the commands.
-        image_size: height and width of the image, pixels.
-        ends_at: when success ends an episode.
-        task: name of the task of the present episode.
-        instruction: the goal in words.
-        camera: calibration of the image (K, E from the frame of the poses), or None.
-        eef_pose: (N, 4, 4) float64: commanded poses in Tabletop, measured ones elsewhere.
-        gripper: (N,) float64 open ratio, likewise.
     """
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """Where it comes from, for metadata and errors."""
+        ...
+
     @property
-    def action_spec(self) -> ActionSpec: ...  # noqa: D102
+    def action_spec(self) -> ActionSpec:
+        """Meaning of the commands."""
+        ...
+
     @property
-    def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image, pixels."""
+        ...
+
     @property
-    def ends_at(self) -> EndsAt: ...  # noqa: D102
+    def ends_at(self) -> EndsAt:
+        """When success ends an episode."""
+        ...
+
     @property
-    def task(self) -> str: ...  # noqa: D102
+    def task(self) -> str:
+        """Name of the task of the present episode."""
+        ...
+
     @property
-    def instruction(self) -> str: ...  # noqa: D102
+    def instruction(self) -> str:
+        """The goal in words."""
+        ...
+
     @property
-    def camera(self) -> Camera | None: ...  # noqa: D102
+    def camera(self) -> Camera | None:
+        """Calibration of the image (K, E from the frame of the poses), or None."""
+        ...
+
     @property
-    def eef_pose(self) -> np.ndarray: ...  # noqa: D102
+    def eef_pose(self) -> np.ndarray:
+        """(N, 4, 4) float64: commanded poses in Tabletop, measured ones elsewhere."""
+        ...
+
     @property
-    def gripper(self) -> np.ndarray: ...  # noqa: D102
+    def gripper(self) -> np.ndarray:
+        """(N,) float64 open ratio, likewise."""
+        ...
 
     def reset(self, seed: int | None = None, state: np.ndarray | None = None) -> None:
         """Starts an episode: one that the seed draws, or the one with this state."""
