@@ -55,6 +55,7 @@ class World:
         horizon: commands after which a rollout is truncated, by default.
         chunk_length: commands of one action chunk by default; None is the model's maximum.
         packaged: folder in ``assets/`` with the weights that come with the package; None if there are none.
+        image_size: (H, W) of the frames shown by default with the packaged weights; None: the size they work at.
     """
 
     id: str
@@ -62,18 +63,19 @@ class World:
     horizon: int
     chunk_length: int | None = None
     packaged: str | None = None
+    image_size: tuple[int, int] | None = None
 
 
 WORLDS: dict[str, World] = {
     world.id: world
     for world in (
         World("Prophet-Tabletop-v0", "tabletop", horizon=40, chunk_length=8, packaged="tabletop"),
-        World("Prophet-Bridge-v0", "bridge", horizon=60),
+        World("Prophet-Bridge-v0", "bridge", horizon=60, packaged="bridge", image_size=(256, 256)),
         World("Prophet-LiberoSpatial-v0", "libero", horizon=280),
         World("Prophet-LiberoObject-v0", "libero", horizon=280),
         World("Prophet-LiberoGoal-v0", "libero", horizon=300),
         World("Prophet-Libero10-v0", "libero", horizon=520),
-        World("Prophet-Droid-v0", "droid", horizon=300),
+        World("Prophet-Droid-v0", "droid", horizon=300, packaged="droid", image_size=(192, 320)),
         World("Prophet-AgiBot-v0", "agibot", horizon=600),
         World("Prophet-Custom-v0", None, horizon=100),
     )
@@ -150,7 +152,8 @@ def make_world(
         num_inference_steps: denoising steps; default the checkpoint's.
         device: of the networks, as in torch.
         dtype: "float32", "bfloat16" or "float16".
-        image_size: (H, W) of the frames shown, to which those of the model are stretched; default the checkpoint's own.
+        image_size: (H, W) of the frames shown, to which those of the model are stretched; default that of the world
+            with the packaged weights, else the checkpoint's own.
         interface: "chunk" (:class:`prophet_gym.ProphetEnv`), "flat" (:mod:`prophet_gym.compat.flat`), or a key of
             :data:`SINGLE_COMMAND`: one command a step, as another project's environments take them.
         action_buffer: with an interface of single commands, "immediate" (default: the world runs for every command)
@@ -306,6 +309,8 @@ def _load(
         judge = folder / "judge"
     world_model: WorldModel = ProphetWorldModel.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
     _require_conventions(world, world_model)
+    if image_size is None and checkpoint is None:
+        image_size = world.image_size
     if image_size is not None and tuple(image_size) != tuple(world_model.image_size):
         world_model = ResizedWorldModel(world_model, image_size)
     logger.info("%s runs %s", world.id, world_model.checkpoint_info)

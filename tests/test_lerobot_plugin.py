@@ -37,8 +37,8 @@ def test_the_plugin_registers_and_its_features_are_the_worlds(tiny_checkpoint: P
         config(tiny_checkpoint, task="Tabletop-v0")
     with pytest.raises(ValueError, match="Did you mean 'Prophet-Tabletop-v0'"):
         ProphetEnvConfig(task="Prophet-Tabletp-v0")
-    with pytest.raises(MissingCheckpointError, match="No weights come with Prophet-Bridge-v0"):
-        ProphetEnvConfig(task="Prophet-Bridge-v0")
+    with pytest.raises(MissingCheckpointError, match="No weights come with Prophet-AgiBot-v0"):
+        ProphetEnvConfig(task="Prophet-AgiBot-v0")
 
 
 class Still(torch.nn.Module):

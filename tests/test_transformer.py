@@ -203,6 +203,18 @@ def test_memory_has_the_planned_tokens_and_drops_nothing() -> None:
         memory.check(15, (6, 32))
 
 
+def test_without_levels_nothing_is_remembered() -> None:
+    torch.manual_seed(0)
+    model = ProphetTransformer(**preset("tiny", num_layers=1, memory_levels=(), action_frames="none"))
+    model.memory.check(15, (8, 8))
+    actions, pasts = torch.randn(2, 20, 1, 7), [torch.randn(2, 32, 15, 8, 8) for _ in range(2)]
+    latents, mask, times = torch.randn(2, 32, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8), torch.full((2, 3), 0.5)
+    out = [model(latents, mask, times, model.condition(actions, None, past)) for past in pasts]
+    assert torch.isfinite(out[0]).all() and torch.equal(*out)
+    out[0].square().mean().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_tiny_preset_is_small() -> None:
     with torch.device("meta"):
         model = ProphetTransformer(**PRESETS["tiny"])

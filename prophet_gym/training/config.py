@@ -83,5 +83,10 @@ class WorldModelConfig(ObjectiveConfig):
     """Rank of the AdaLN-LoRA."""
     residual: bool = False
     """Denoise differences from the start frame: with few recordings of many scenes, backgrounds need not be learned."""
+    still_below: float = 0.0
+    """Change in grey levels up to which a pixel keeps its value of the chunk's start frame, stored with the checkpoint:
+    against the flicker of a small codec where little moves. 0 shows all as decoded."""
+    history: bool = True
+    """Attend to what was returned before the chunk; without it, to its start frame alone (an ablation)."""
     resume: bool = False
     """Continue an interrupted run."""

@@ -102,6 +102,7 @@ def train_world_model(
             num_effectors=clips.actions.shape[2],
             action_frames=config.action_frames,
             residual=config.residual,
+            **({} if config.history else {"memory_levels": ()}),
         )
     )
     if config.init is not None:
@@ -112,6 +113,7 @@ def train_world_model(
         image_size=tuple(clips.frames.shape[2:4]),
         num_inference_steps=config.num_inference_steps,
         action_spec=clips.action_spec,
+        still_below=config.still_below,
     )
     sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=prophet_config.history_frames, vae=vae)
     accelerator.init_trackers("tensorboard")
@@ -145,8 +147,8 @@ def chunk_loss(
 def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
     """Copy the denoiser of a checkpoint; of a deeper one, evenly spaced blocks (the first and the last among them).
 
-    Where the new one draws no action frames, that stream of the checkpoint is left out. A warning says where only one
-    of both is ``residual``: such weights have to learn anew what they are given and asked for.
+    Where the new one draws no action frames or remembers nothing, that part of the checkpoint is left out. A warning
+    says where only one of both is ``residual``: such weights have to learn anew what they are given and asked for.
 
     Raises:
         ValueError: not a checkpoint, or another architecture.
@@ -163,6 +165,8 @@ def start_from(transformer: ProphetTransformer, checkpoint: Path) -> None:
         )  # fmt: skip
     if transformer.action_frame_stream is None:
         source.action_frame_stream = None
+    if not transformer.memory.levels:
+        source.memory.projections = torch.nn.ModuleList()
     try:
         transformer.load_state_dict(source.state_dict())
     except RuntimeError as error:

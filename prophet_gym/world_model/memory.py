@@ -18,7 +18,8 @@ class HistoryMemory(nn.Module):
     Args:
         latent_channels: channels z of a latent frame.
         levels: (newest, oldest, t, h, w) each: latents of age ``newest`` up to, not including, ``oldest`` (0 is the
-            newest latent frame) are pooled with strides (t, h, w); one projection a level.
+            newest latent frame) are pooled with strides (t, h, w); one projection a level. Without levels nothing is
+            remembered: the ablation of the paper's Tables 3 and 4.
         dim: channel width D of the denoiser.
         num_heads: attention heads; D is split among them.
     """
@@ -37,13 +38,13 @@ class HistoryMemory(nn.Module):
             latent_frames: length of the history.
             grid: latent height and width.
         """
-        oldest = max(level[1] for level in self.levels)
+        oldest = max((level[1] for level in self.levels), default=0)
         if oldest > latent_frames:
             raise ValueError(
                 f"memory_levels reach back {oldest} latent frames, the history holds {latent_frames}; expected no "
                 "more than it holds: lengthen history_frames or change memory_levels"
             )
-        largest = tuple(max(level[axis] for level in self.levels) for axis in (3, 4))
+        largest = tuple(max((level[axis] for level in self.levels), default=1) for axis in (3, 4))
         if largest[0] > grid[0] or largest[1] > grid[1]:
             raise ValueError(
                 f"memory_levels pool {largest[0]}x{largest[1]} latent positions, a frame has {grid[0]}x{grid[1]}; "
@@ -55,7 +56,7 @@ class HistoryMemory(nn.Module):
 
         A token carries a parameter-free encoding of its age and place, in units of latent positions.
         """
-        groups, length = [], history.shape[2]
+        groups, length = [history.new_zeros(len(history), 0, self.dim)], history.shape[2]
         for (newest, oldest, *stride), project in zip(self.levels, self.projections, strict=True):
             part = history[:, :, length - oldest : length - newest]
             # Windows that reach over the edge (240 pixels are 30 latents) average what they hold: nothing is dropped.

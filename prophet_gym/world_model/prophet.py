@@ -23,6 +23,7 @@ from ..snapshot import Snapshot
 from .codec import VideoCodec, to_video
 from .sampler import flow_schedule, integrate, karras_schedule, slot_noise
 from .state import RolloutState
+from .still import keep_still
 from .transformer import ProphetTransformer
 from .video_vae import FoldedVideoVAE
 
@@ -41,6 +42,8 @@ class ProphetConfig:
         schedule_shift: shift of the "flow" schedule.
         solver: "euler" or "ab2".
         action_spec: conventions of the commands.
+        still_below: change in grey levels up to which a pixel keeps its value of the chunk's start frame
+            (:mod:`.still`); 0 shows every pixel as decoded.
     """
 
     name: str = "untrained"
@@ -52,6 +55,7 @@ class ProphetConfig:
     schedule_shift: float = 1.0
     solver: str = "euler"
     action_spec: ActionSpec = field(default_factory=ActionSpec)
+    still_below: float = 0.0
 
     def __post_init__(self) -> None:
         if self.history_frames % 4 or self.history_frames < 4:
@@ -65,6 +69,8 @@ class ProphetConfig:
                 f"num_inference_steps={self.num_inference_steps}, schedule_shift={self.schedule_shift}: expected at "
                 "least 1 step and a positive shift"
             )
+        if not 0 <= self.still_below < 255:
+            raise ValueError(f"still_below={self.still_below}: expected 0 to 255 grey levels; 0 keeps nothing still")
         if any(side % 16 for side in self.image_size):
             raise ValueError(f"image_size={self.image_size}: expected multiples of 16 pixels")
 
@@ -219,6 +225,10 @@ class ProphetWorldModel:
         poses = integrate_poses(state.poses.numpy(), commands, self._padded_spec)
         latents = self._sample(state, commands, poses, num_inference_steps)
         frames = self.codec.decode(latents)[:, :length].cpu()
+        if self.config.still_below:
+            standing = self.codec.encode(state.frames[:, None].expand(-1, 1 + VideoCodec.temporal_stride, -1, -1, -1))
+            decoded_start = self.codec.decode(standing)[:, 0].cpu()
+            frames = keep_still(frames, state.frames.cpu(), decoded_start, self.config.still_below)
         history, tail, count = self._advance_history(state, frames, latents)
         after = replace(
             state,
