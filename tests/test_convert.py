@@ -71,7 +71,7 @@ def test_images_calibration_and_labels_in_pixels_are_stretched_together(
 def test_sets_are_gathered_in_one_folder(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "to"
     assert not convert(monkeypatch, recorded, out, "--leave-out", "1")
-    assert not convert(monkeypatch, recorded, out, "--episodes", "1", "0", "--prefix", "again_")
+    assert not convert(monkeypatch, recorded, out, "--episodes", "1", "0", "1", "--prefix", "again_")
     assert EpisodeFolder(out).names == ("a", "again_a", "again_b", "c")
     assert EpisodeFolder(out)[2].instruction == "do b"
 

@@ -59,7 +59,7 @@ def convert(
     unknown = sorted({i for i in (*episodes, *leave_out) if not 0 <= i < len(source)})
     if unknown:
         raise ValueError(f"episodes {unknown} of {data}: expected numbers from 0 to {len(source) - 1}")
-    chosen = [i for i in episodes or range(len(source)) if i not in leave_out]
+    chosen = [i for i in dict.fromkeys(episodes or range(len(source))) if i not in leave_out]
     if not chosen:
         raise ValueError(f"nothing is left of {data}: all {len(source)} episodes are left out")
     if variants < 0:
