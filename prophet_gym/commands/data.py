@@ -16,7 +16,7 @@ from ..data.fitting import stretched
 from ..data.folder import write_episode
 from ..data.lerobot_writer import write_lerobot
 from ..data.opening import open_dataset
-from ..data.variants import VARIANT_OF, augmented
+from ..data.variants import VARIANT_OF, augmented, mirrored, reversed_in_time
 
 __all__ = ["convert"]
 
@@ -32,6 +32,8 @@ def convert(
     leave_out: tuple[int, ...] = (),
     prefix: str = "",
     variants: int = 0,
+    mirror: bool = False,
+    reverse: bool = False,
     seed: int = 0,
     control_hz: float | None = None,
 ) -> None:
@@ -51,6 +53,8 @@ def convert(
         leave_out: which not, by number from 0.
         prefix: put before the names of episodes.
         variants: further copies of each episode, each seen through a random crop and in another light.
+        mirror: mirror half of the variants, left and right exchanged in images, camera, poses and commands.
+        reverse: play half of the variants backwards; for recordings whose images follow the commands at once.
         seed: of these variants.
         control_hz: rate to state instead of the recorded one, commands a second; so that sets of nearly the same rate
             can be gathered in one, since a command says how far, not how fast.
@@ -76,7 +80,12 @@ def convert(
                     spec = replace(episode.action_spec, control_hz=control_hz)
                     episode = replace(episode, action_spec=spec, fps=control_hz)
                 if k:
-                    episode = augmented(episode, np.random.default_rng([seed, i, k]))
+                    rng = np.random.default_rng([seed, i, k])
+                    if mirror and rng.random() < 0.5:
+                        episode = mirrored(episode)
+                    if reverse and rng.random() < 0.5:
+                        episode = reversed_in_time(episode)
+                    episode = augmented(episode, rng)
                     episode = replace(episode, metadata={**episode.metadata, VARIANT_OF: name})
                 yield episode if image_size is None else stretched(episode, image_size)
 
