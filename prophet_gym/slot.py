@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -166,12 +166,12 @@ def load_slots(
 
 def _misfits(tensors: dict[str, Any], like: RolloutState, count: int) -> list[str]:
     """Describes where ``tensors`` are not ``count`` slots of ``like``'s fields, shapes and dtypes."""
-    names = [f.name for f in fields(like)]
-    if set(tensors) != set(names):
-        return [f"its fields are {list(tensors)}, expected {names}"]
+    expected = like.state_dict()
+    if set(tensors) != set(expected):
+        return [f"its fields are {list(tensors)}, expected {list(expected)}"]
     found = []
-    for name in names:
-        value, own = tensors[name], getattr(like, name)
+    for name, own in expected.items():
+        value = tensors[name]
         wanted = f"{own.dtype} {(count, *own.shape[1:])}"
         given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         if given != wanted:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import nearest
 
-__all__ = ["HUB_ID", "fetch_from_hub", "locate_weights"]
+__all__ = ["HUB_ID", "fetch_from_hub", "locate_parts", "locate_weights"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """What ``owner/name`` of a hub repository looks like."""
@@ -38,6 +38,34 @@ def locate_weights(name: str | Path, assets: Path, marker: str) -> Path:
         except ValueError as error:
             reason += f", and {error}"
     raise ValueError(f"{str(name)!r}: {reason}.{nearest(name, [*packaged, *siblings])}")
+
+
+def locate_parts(source: str | Path, revision: str | None, parts: tuple[str, ...]) -> Path:
+    """Returns the folder behind a source in the layout of diffusers.
+
+    Args:
+        source: a folder, or ``owner/name`` of a hub repository.
+        revision: branch, tag or commit on the hub; None for a folder.
+        parts: subfolders that are needed; of a hub repository only their JSON and safetensors are fetched.
+
+    Raises:
+        ValueError: nothing there, or a revision of a folder.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} with the folder {source}: expected a hub id, folders have none")
+        return Path(source)
+    if not HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"{str(source)!r}: expected a folder, or a hub id owner/name")
+    try:
+        return fetch_from_hub(
+            str(source), revision, [f"{part}/{kind}" for part in parts for kind in ("*.json", "*.safetensors")]
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{str(source)!r}: no such folder, and {error}. Repositories with a licence to accept need "
+            "`hf auth login`; without network, give the folder of an earlier download"
+        ) from error
 
 
 def fetch_from_hub(repository: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:

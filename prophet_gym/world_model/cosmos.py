@@ -19,7 +19,7 @@ from torch import nn
 
 from ..actions import ActionSpec
 from ..errors import nearest
-from ..weights import HUB_ID, fetch_from_hub
+from ..weights import locate_parts
 from .prophet import ProphetConfig, ProphetWorldModel, load_network
 from .tensor_files import check_tensors, list_tensors, read_tensor
 from .transformer import ProphetTransformer, is_backbone
@@ -96,7 +96,7 @@ def from_cosmos(
                 f"option {name!r}: expected some of {', '.join(PROPHET_OPTIONS)}; the backbone's own come from its "
                 f"config.json.{nearest(name, PROPHET_OPTIONS)}"
             )
-    folder = _network_folder(_locate(source, revision, ("transformer",)))
+    folder = _network_folder(locate_parts(source, revision, ("transformer",)))
     backbone = _backbone_arguments(folder / "config.json")
     with torch.device("meta"):
         transformer = ProphetTransformer(**backbone, **options)
@@ -162,29 +162,10 @@ def world_from_cosmos(
         solver="ab2",
         action_spec=action_spec,
     )
-    folder = _locate(source, revision, ("transformer", "vae"))
+    folder = locate_parts(source, revision, ("transformer", "vae"))
     vae = _load_wan_vae(folder / "vae", dtype).to(device)
     transformer = from_cosmos(folder, dtype=dtype, device=device, seed=seed, **options)
     return ProphetWorldModel(transformer, vae, config)
-
-
-def _locate(source: str | Path, revision: str | None, parts: tuple[str, ...]) -> Path:
-    """The folder behind a source; of a hub repository only JSON and safetensors of the named parts are fetched."""
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} with the folder {source}: expected a hub id, folders have none")
-        return Path(source)
-    if not HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"{str(source)!r}: expected a folder, or a hub id owner/name")
-    try:
-        return fetch_from_hub(
-            str(source), revision, [f"{part}/{kind}" for part in parts for kind in ("*.json", "*.safetensors")]
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{str(source)!r}: no such folder, and {error}. Repositories with a licence to accept need "
-            "`hf auth login`; without network, give the folder of an earlier download"
-        ) from error
 
 
 def _network_folder(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,81 +18,16 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from ..action_frames import Camera, render_action_frames
-from ..actions import PAD_GRIPPER, ActionSpec, integrate_poses, pad_chunk, pad_effectors
+from ..actions import PAD_GRIPPER, integrate_poses, pad_chunk, pad_effectors
 from ..snapshot import Snapshot
 from .codec import VideoCodec, to_video
+from .config import ProphetConfig
 from .sampler import flow_schedule, integrate, karras_schedule, slot_noise
 from .state import RolloutState
 from .still import keep_still
+from .text import TextEmbedder, pack_instructions, unpack_instructions
 from .transformer import ProphetTransformer
 from .video_vae import FoldedVideoVAE
-
-
-@dataclass(frozen=True)
-class ProphetConfig:
-    """What ``prophet.json`` holds beside the networks' own configurations.
-
-    Attributes:
-        name: of the checkpoint, for logs and ``info["checkpoint"]``.
-        trained_on: one sentence on the data.
-        image_size: (H, W) in pixels, multiples of 16.
-        history_frames: T_h, frames of the history; a multiple of 4.
-        num_inference_steps: default number of denoising steps.
-        schedule: "flow" (uniform, shifted) or "karras" (Cosmos-Predict2).
-        schedule_shift: shift of the "flow" schedule.
-        solver: "euler" or "ab2".
-        action_spec: conventions of the commands.
-        still_below: change in grey levels up to which a pixel keeps its value of the chunk's start frame
-            (:mod:`.still`); 0 shows every pixel as decoded.
-    """
-
-    name: str = "untrained"
-    trained_on: str = "nothing"
-    image_size: tuple[int, int] = (64, 64)
-    history_frames: int = 60
-    num_inference_steps: int = 4
-    schedule: str = "flow"
-    schedule_shift: float = 1.0
-    solver: str = "euler"
-    action_spec: ActionSpec = field(default_factory=ActionSpec)
-    still_below: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.history_frames % 4 or self.history_frames < 4:
-            raise ValueError(f"history_frames={self.history_frames}: expected a positive multiple of 4")
-        if self.schedule not in ("flow", "karras"):
-            raise ValueError(f'schedule={self.schedule!r}: expected "flow" or "karras"')
-        if self.solver not in ("euler", "ab2"):
-            raise ValueError(f'solver={self.solver!r}: expected "euler" or "ab2"')
-        if self.num_inference_steps < 1 or self.schedule_shift <= 0:
-            raise ValueError(
-                f"num_inference_steps={self.num_inference_steps}, schedule_shift={self.schedule_shift}: expected at "
-                "least 1 step and a positive shift"
-            )
-        if not 0 <= self.still_below < 255:
-            raise ValueError(f"still_below={self.still_below}: expected 0 to 255 grey levels; 0 keeps nothing still")
-        if any(side % 16 for side in self.image_size):
-            raise ValueError(f"image_size={self.image_size}: expected multiples of 16 pixels")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "action_spec": self.action_spec.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ProphetConfig:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: an unknown or missing key; conventions are never guessed.
-        """
-        names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            raise ValueError(
-                f"prophet.json: unknown keys {sorted(set(values) - names)}, missing {sorted(names - set(values))}; "
-                "written by another version?"
-            )
-        spec, size = ActionSpec.from_dict(values["action_spec"]), tuple(values["image_size"])
-        return cls(**{**values, "action_spec": spec, "image_size": size})
 
 
 class ProphetWorldModel:
@@ -103,12 +38,20 @@ class ProphetWorldModel:
         vae: a :class:`FoldedVideoVAE` or a ``diffusers.AutoencoderKLWan``.
         config: everything else.
         checkpoint_info: shown as ``info["checkpoint"]``; default: name and training data of the configuration.
+        text: embeds the snapshots' instructions for the denoiser's cross-attention; without it instructions are not
+            seen. Weights have to be trained with text for it to help; it is no part of a saved checkpoint.
     """
 
     def __init__(
-        self, transformer: ProphetTransformer, vae: Any, config: ProphetConfig, checkpoint_info: dict | None = None
+        self,
+        transformer: ProphetTransformer,
+        vae: Any,
+        config: ProphetConfig,
+        checkpoint_info: dict | None = None,
+        *,
+        text: TextEmbedder | None = None,
     ) -> None:
-        self.transformer, self.codec, self.config = transformer, VideoCodec(vae), config
+        self.transformer, self.codec, self.config, self.text = transformer, VideoCodec(vae), config, text
         self.checkpoint_info = checkpoint_info or {"name": config.name, "trained_on": config.trained_on}
         if self.codec.latent_channels != transformer.config.latent_channels:
             raise ValueError(
@@ -119,6 +62,11 @@ class ProphetWorldModel:
             raise ValueError(
                 f"commands of {config.action_spec.num_effectors} end-effectors, denoiser of "
                 f"{transformer.config.num_effectors}; expected at least as many: give num_effectors"
+            )
+        if text is not None and transformer.config.text_embed_dim is None:
+            raise ValueError(
+                "text given to a denoiser without cross-attention (text_embed_dim=None); expected one with it, as "
+                "from_cosmos makes: leave text out"
             )
         self.chunk_length: int = transformer.config.chunk_length
         self.num_effectors: int = transformer.config.num_effectors
@@ -152,7 +100,7 @@ class ProphetWorldModel:
 
         Raises:
             ValueError: wrong image size or number of end-effectors, a camera is missing where action frames are
-                required, or a different number of seeds.
+                required, a different number of seeds, or an instruction that the world's text source cannot embed.
         """
         if len(snapshots) != len(seeds) or not snapshots:
             raise ValueError(
@@ -160,6 +108,10 @@ class ProphetWorldModel:
             )
         for i, snapshot in enumerate(snapshots):
             self._check_snapshot(i, snapshot)
+        instructions = None
+        if self.text is not None:
+            instructions = pack_instructions([snapshot.instruction for snapshot in snapshots])
+            self._embedded_text(instructions)  # a text that cannot be embedded is an error here, not in the first chunk
         n, batch = self.num_effectors, len(snapshots)
         poses, gripper = np.tile(np.eye(4), (batch, n, 1, 1)), np.full((batch, n), PAD_GRIPPER)
         intrinsics, extrinsics = np.full((batch, 3, 3), np.nan), np.full((batch, 4, 4), np.nan)
@@ -182,7 +134,20 @@ class ProphetWorldModel:
             extrinsics=torch.from_numpy(extrinsics),
             seeds=torch.as_tensor([int(s) for s in seeds], dtype=torch.int64),
             env_step=torch.zeros(batch, dtype=torch.int64),
+            instructions=instructions,
         )
+
+    def _embedded_text(self, instructions: Tensor | None) -> Tensor | None:
+        """Text embeddings (B, L, D) of a state's instructions; None in a world without text."""
+        if (instructions is None) != (self.text is None):
+            raise ValueError(
+                f"a rollout state {'without' if instructions is None else 'with'} instructions in a world "
+                f"{'without' if self.text is None else 'with'} text; expected both or neither: go on in the world that "
+                "began it"
+            )
+        if instructions is None or self.text is None:
+            return None
+        return self.text.embed(unpack_instructions(instructions), self.transformer.config.text_embed_dim)
 
     def _check_snapshot(self, index: int, snapshot: Snapshot) -> None:
         if snapshot.image.shape[:2] != tuple(self.image_size):
@@ -216,7 +181,8 @@ class ProphetWorldModel:
             Frames (B, C, H, W, 3) uint8, one a command, and the state after them.
 
         Raises:
-            ValueError: wrong shape, NaN, an open ratio outside [0, 1], or a chunk longer than the model's.
+            ValueError: wrong shape, NaN, an open ratio outside [0, 1], a chunk longer than the model's, or a state with
+                instructions in a world without text, or the other way round.
         """
         commands = self._check_actions(state, actions)
         if num_inference_steps is None:
@@ -302,7 +268,9 @@ class ProphetWorldModel:
         dtype = self.transformer.dtype
         start = self.codec.encode(state.frames[:, None]).to(self.device, dtype)
         padded, action_frames = self.chunk_inputs(start, commands, poses, state)
-        condition = self.transformer.condition(padded, action_frames, state.history.to(dtype))
+        text = self._embedded_text(state.instructions)
+        text = None if text is None else text.to(start)
+        condition = self.transformer.condition(padded, action_frames, state.history.to(dtype), text)
         batch, z, _, h, w = start.shape
         groups = -(-commands.shape[1] // VideoCodec.temporal_stride)
         noise = slot_noise(state.seeds, state.env_step, (z, groups, h, w)).to(self.device)
@@ -371,12 +339,18 @@ class ProphetWorldModel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        text: TextEmbedder | None = None,
     ) -> ProphetWorldModel:
-        """Load a checkpoint folder written by :meth:`save_pretrained`.
+        """Load a checkpoint folder written by :meth:`save_pretrained`; ``text`` as in the constructor.
 
         Raises:
-            ValueError: the folder is not a Prophet checkpoint, is incomplete, corrupt, or of another architecture.
+            ValueError: the folder is not a Prophet checkpoint, is incomplete, corrupt, or of another architecture; or
+                ``text`` for a denoiser without cross-attention.
         """
         folder = Path(folder)
         if not (folder / "prophet.json").is_file():
@@ -394,7 +368,7 @@ class ProphetWorldModel:
                 f"{folder}: cannot be loaded as a Prophet checkpoint ({type(error).__name__}: {error})"
             ) from error
         info = {"name": config.name, "trained_on": config.trained_on, "source": folder.name}
-        return cls(transformer.eval(), vae.eval(), config, info).to(device)
+        return cls(transformer.eval(), vae.eval(), config, info, text=text).to(device)
 
 
 def load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -29,6 +29,8 @@ class RolloutState:
         extrinsics: world to camera transforms E, (B, 4, 4) float64; NaN where no camera is known.
         seeds: reset seeds, (B,) int64.
         env_step: chunks predicted so far, (B,) int64.
+        instructions: UTF-8 bytes of the instructions, zeros after each, (B, 2048) uint8; None in a world without text.
+            Embeddings, 2 MB a slot, are not carried: :class:`.text.TextEmbedder` gives the same ones again.
     """
 
     frames: Tensor
@@ -41,6 +43,7 @@ class RolloutState:
     extrinsics: Tensor
     seeds: Tensor
     env_step: Tensor
+    instructions: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -58,9 +61,7 @@ class RolloutState:
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
         index = index.long()
-        return RolloutState(
-            **{f.name: getattr(self, f.name)[index.to(getattr(self, f.name).device)] for f in fields(self)}
-        )
+        return RolloutState(**{name: value[index.to(value.device)] for name, value in self._tensors().items()})
 
     def fork(self, n: int) -> RolloutState:
         """Each slot ``n`` times over: slot i becomes slots i n ... i n + n - 1."""
@@ -69,22 +70,31 @@ class RolloutState:
         return self.select(np.repeat(np.arange(self.batch_size), n))
 
     def put(self, indices: Sequence[int] | np.ndarray | Tensor, other: RolloutState) -> RolloutState:
-        """Copy of this state with slots ``indices`` replaced by those of ``other``, in order."""
+        """Copy of this state with slots ``indices`` replaced by those of ``other``, in order.
+
+        Raises:
+            ValueError: another number of slots, or only one of the states has instructions.
+        """
         index = torch.as_tensor(np.asarray(indices))
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
         if len(index) != other.batch_size:
             raise ValueError(f"put: {len(index)} indices for {other.batch_size} slots; expected equal numbers")
-        changed = {}
-        for f in fields(self):
-            value = getattr(self, f.name).clone()
-            value[index.long().to(value.device)] = getattr(other, f.name).to(value)
-            changed[f.name] = value
+        if (self.instructions is None) != (other.instructions is None):
+            raise ValueError("put: slots with and without instructions; expected states of one world model")
+        changed, given = {}, other._tensors()
+        for name, value in self._tensors().items():
+            changed[name] = value.clone()
+            changed[name][index.long().to(value.device)] = given[name].to(value)
         return replace(self, **changed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors on the CPU, by name; safetensors can store them."""
-        return {f.name: getattr(self, f.name).detach().cpu().clone() for f in fields(self)}
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What there is, by name: ``instructions`` only in a world with text."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     @classmethod
     def from_state_dict(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> RolloutState:
@@ -93,7 +103,7 @@ class RolloutState:
         Raises:
             ValueError: names are missing or unknown.
         """
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - ({"instructions"} - set(tensors))
         if set(tensors) != names:
             raise ValueError(
                 f"rollout state: missing {sorted(names - set(tensors))}, unknown {sorted(set(tensors) - names)}; "

@@ -261,7 +261,7 @@ class ProphetTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             action_frames: for "pooled" the codec's latents (B, z, T, h, w) of the drawn actions, for "spatial" the
                 drawn actions (B, 3, 1 + 4 (T - 1), H, W) in [-1, 1]; None runs on the scalar stream alone.
             history: past latents (B, z, T_hist, h, w), oldest first.
-            text: text embeddings, or None.
+            text: text embeddings (B, L, text_embed_dim), or None: cross-attention is skipped, as zeros would have it.
         """
         time, modulation = self.scalar_actions(actions)
         tokens = None
