@@ -110,7 +110,7 @@ def train(config: Config, run: Run) -> ProphetWorldModel:
         source=ClipSource(clip_length=SETS[run.robot][0]),
         name=run.name,
         residual=True,
-        still_below=8.0,
+        still_below=12.0,
         self_rollout=0.0,
         motion_weight=1.0,
         timestep_shift=4.0,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the shipped checkpoints of Prophet-Bridge-v0 and Prophet-Droid-v0 again from the recordings in DATA (bridge/,
-# bridge64/, droid/), after make_tabletop.sh or with its packaged result. About two and a half hours of one CPU core;
+# bridge64/, droid/), after make_tabletop.sh or with its packaged result. About an hour and a half of one CPU core;
 # interrupted training goes on, interrupted conversion begins anew.
 set -euo pipefail
 prophet=${PROPHET:-.venv/bin/prophet}
@@ -26,9 +26,10 @@ if [ ! -e "$runs/data/done" ]; then
   for camera in image_0 image_1 image_2; do
     "$prophet" convert "$data/bridge64" "$runs/data/codec" "${small[@]}" --camera "$camera" --prefix "bridge64_${camera}_"
   done
-  "$prophet" convert "$runs/data/calibrated/bridge" "$runs/data/bridge" "${small[@]}" --leave-out 0 --variants 23
+  "$prophet" convert "$runs/data/calibrated/bridge" "$runs/data/bridge" "${small[@]}" --leave-out 0 --variants 47 --mirror
   "$prophet" convert "$runs/data/calibrated/bridge" "$runs/data/bridge-val" "${small[@]}" --episodes 0
-  "$prophet" convert "$runs/data/calibrated/droid" "$runs/data/droid" "${small[@]}" --leave-out 1 5 9 11 15 19 --variants 7
+  "$prophet" convert "$runs/data/calibrated/droid" "$runs/data/droid" "${small[@]}" --leave-out 1 5 9 11 15 19 --variants 29 \
+    --mirror --reverse
   "$prophet" convert "$runs/data/calibrated/droid" "$runs/data/droid-val" "${small[@]}" --episodes 1 5 9 11 15 19
   touch "$runs/data/done"
 fi
@@ -39,11 +40,13 @@ fi
 world() {  # robot, commands of a clip, what the checkpoint says of its data
   [ -e "$runs/$1/prophet/prophet.json" ] || "$prophet" train world-model --data "$runs/data/$1" \
     --validation "$runs/data/$1-val" --vae "$runs/vae/vae" --init "$tabletop" --clip-length "$2" --residual \
-    --self-rollout 0 --motion-weight 1 --timestep-shift 4 --still-below 8 --steps 6000 --batch-size 16 \
+    --self-rollout 0 --motion-weight 1 --timestep-shift 4 --still-below 12 --steps 2800 --batch-size 16 \
+    --decay-fraction 0.5 --weight-decay 0.05 --condition-noise 0.1 --eval-every 700 \
     --run "$runs/$1" --cache "$runs/cache-$1" --name "prophet-$1-tiny" --trained-on "$3" $(resume "$runs/$1")
 }
-world bridge 22 "7 episodes of BridgeData V2 (240 images), each in 24 crops and lights"
-world droid 40 "7 episodes of one Franka rig from two cameras (1,310 images), each in 8 crops and lights"
+world bridge 22 "7 episodes of BridgeData V2 (240 images), each in 48 crops, lights and mirror images"
+world droid 40 \
+  "7 episodes of one Franka rig from two cameras (1,310 images), each in 30 crops, lights, mirror images and reversals"
 
 "$python" scripts/real_snapshots.py "$runs/data/calibrated" "$runs/snapshots"
 for robot in bridge droid; do

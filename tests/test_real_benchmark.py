@@ -57,7 +57,7 @@ def test_arms_differ_in_what_they_say(config: Config, results: dict) -> None:
     for arm in ARMS:
         folder = config.out / f"bridge-{arm}-0" / "run" / "prophet"
         networks[arm] = json.loads((folder / "transformer" / "config.json").read_text())
-        assert json.loads((folder / "prophet.json").read_text())["still_below"] == 8.0
+        assert json.loads((folder / "prophet.json").read_text())["still_below"] == 12.0
     assert networks["no_history"]["memory_levels"] == [] and networks["full"]["memory_levels"]
     assert networks["no_action_frames"]["action_frames"] == "none" and networks["full"]["action_frames"] == "spatial"
     inits = {

@@ -13,7 +13,7 @@ from prophet_gym import SnapshotSet, check_world_env
 from prophet_gym.compat.simpler import make
 from prophet_gym.registration import ASSETS, WORLDS
 
-ROBOTS = {"bridge": ("Prophet-Bridge-v0", (256, 256), 8), "droid": ("Prophet-Droid-v0", (192, 320), 20)}
+ROBOTS = {"bridge": ("Prophet-Bridge-v0", (256, 256), 6), "droid": ("Prophet-Droid-v0", (192, 320), 9)}
 
 
 @pytest.fixture(scope="module", params=sorted(ROBOTS))
