@@ -113,6 +113,23 @@ def test_variants_are_other_crops_with_their_calibration(
     np.testing.assert_array_equal(EpisodeFolder(again)[1].frames, first.frames)
 
 
+def test_half_of_the_variants_are_mirrored_or_reversed_where_asked(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        episode = EpisodeFolder(recorded)[NAMES.index(name)]
+        servo = replace(episode, action_spec=replace(episode.action_spec, delta="servo"))
+        write_episode(tmp_path / "servo" / name, servo)
+    out = tmp_path / "to"
+    words = ("--episodes", "0", "--variants", "12", "--mirror", "--reverse")
+    assert not convert(monkeypatch, tmp_path / "servo", out, *words)
+    plain, *others = EpisodeFolder(out)
+    signs = [tuple(np.sign(episode.actions[0, :2]).astype(int)) for episode in others]
+    assert np.sign(plain.actions[0, :2]).tolist() == [1, 1]
+    assert {(1, 1), (1, -1), (-1, -1), (-1, 1)} == set(signs), "neither, mirrored, reversed, both"
+    assert convert(monkeypatch, recorded, tmp_path / "local", "--variants", "12", "--reverse") == 2
+
+
 def test_names_with_a_slash_are_found_again(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not convert(monkeypatch, recorded, tmp_path / "to", "--prefix", "kitchen/", "--variants", "1")
     episodes = EpisodeFolder(tmp_path / "to")
