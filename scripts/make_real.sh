@@ -52,5 +52,5 @@ world droid 40 \
 for robot in bridge droid; do
   rm -rf "$runs/$robot/prophet/snapshots"
   cp -r "$runs/snapshots/$robot" "$runs/$robot/prophet/snapshots"
-  "$prophet" eval "$runs/data/$robot-val" --checkpoint "$runs/$robot/prophet" --steps 20 --stride 4 --out "$runs/evaluation-$robot"
+  "$prophet" eval "$runs/data/$robot-val" --checkpoint "$runs/$robot/prophet" --steps 20 --stride 8 --episodes 200 --out "$runs/evaluation-$robot"
 done
