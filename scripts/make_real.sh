@@ -37,20 +37,23 @@ fi
 [ -e "$runs/vae/vae/config.json" ] || "$prophet" train vae --data "$runs/data/codec" --validation "$runs/data/codec-val" \
   --clip-length 9 --groups 2 --init "$tabletop/vae" --run "$runs/vae" --cache "$runs/cache-codec" --foreground-weight 0 \
   --difference-weight 1 --steps 1800 --learning-rate 1e-3 --eval-every 600 $(resume "$runs/vae")
-world() {  # robot, commands of a clip, what the checkpoint says of its data
+world() {  # robot, weights to start from, share of the run in which the learning rate falls, steps, commands of a clip, data in words
   [ -e "$runs/$1/prophet/prophet.json" ] || "$prophet" train world-model --data "$runs/data/$1" \
-    --validation "$runs/data/$1-val" --vae "$runs/vae/vae" --init "$tabletop" --clip-length "$2" --residual \
-    --self-rollout 0 --motion-weight 1 --timestep-shift 4 --still-below 12 --steps 2800 --batch-size 16 \
-    --decay-fraction 0.5 --weight-decay 0.05 --condition-noise 0.1 --eval-every 700 \
-    --run "$runs/$1" --cache "$runs/cache-$1" --name "prophet-$1-tiny" --trained-on "$3" $(resume "$runs/$1")
+    --validation "$runs/data/$1-val" --vae "$runs/vae/vae" --init "$2" --decay-fraction "$3" --steps "$4" --clip-length "$5" \
+    --trained-on "$6" --residual --still-below 12 --self-rollout 0 --motion-weight 1 --timestep-shift 4 --batch-size 16 \
+    --weight-decay 0.05 --condition-noise 0.1 --eval-every 500 --run "$runs/$1" --cache "$runs/cache-$1" \
+    --name "prophet-$1-tiny" $(resume "$runs/$1")
 }
-world bridge 22 "7 episodes of BridgeData V2 (240 images), each in 48 crops, lights and mirror images"
-world droid 40 \
+world droid "$tabletop" 0.5 2800 40 \
   "7 episodes of one Franka rig from two cameras (1,310 images), each in 30 crops, lights, mirror images and reversals"
+world bridge "$runs/droid/prophet" 0.6 1000 22 \
+  "7 episodes of BridgeData V2 (240 images), each in 48 crops, lights and mirror images; before, DROID's rig"
 
 "$python" scripts/real_snapshots.py "$runs/data/calibrated" "$runs/snapshots"
-for robot in bridge droid; do
+for which in "droid 8" "bridge 4"; do
+  read -r robot stride <<< "$which"
   rm -rf "$runs/$robot/prophet/snapshots"
   cp -r "$runs/snapshots/$robot" "$runs/$robot/prophet/snapshots"
-  "$prophet" eval "$runs/data/$robot-val" --checkpoint "$runs/$robot/prophet" --steps 20 --stride 8 --episodes 200 --out "$runs/evaluation-$robot"
+  "$prophet" eval "$runs/data/$robot-val" --checkpoint "$runs/$robot/prophet" --steps 20 \
+    --stride "$stride" --out "$runs/evaluation-$robot"
 done
