@@ -65,7 +65,7 @@ def test_arms_differ_in_what_they_say(config: Config, results: dict) -> None:
     }
     assert inits["no_pretraining"] is None and inits["full"] == inits["no_history"] is not None
     scores = {arm: results[Run("bridge", arm, 0)]["table"]["predictors"]["model"]["psnr"]["value"] for arm in ARMS}
-    assert scores["no_pretraining"] == min(scores.values()), "one step from fresh weights is the worst"
+    assert scores["full"] > scores["no_pretraining"] + 1, "one step from fresh weights is worse"
 
 
 @pytest.mark.render
