@@ -76,6 +76,12 @@ def posed_bridge(episode: Episode, clicks: list[Click]) -> Episode:
 
     x = least_squares(residuals, [*BRIDGE_VIEW.as_rotvec(), np.log(BRIDGE_SCALE)]).x
     view, depth = Rotation.from_rotvec(x[:3]), BRIDGE_FOCAL / np.exp(x[3])
+    drawn = np.exp(x[3]) * commanded[np.maximum(frames - BRIDGE_LAG, 0)] @ view.as_matrix()[:2].T
+    pairs = [(i, j) for j in range(len(frames)) for i in range(j) if frames[j] - frames[i] <= 20]
+    moves = np.array([pixels[j] - pixels[i] for i, j in pairs])
+    drift = moves - [drawn[j] - drawn[i] for i, j in pairs]
+    lengths = (np.linalg.norm(part, axis=1).mean() for part in (drift, moves))
+    print("{}: {:.0f} of {:.0f} px of motion within 20 commands unexplained (mean)".format(episode.name, *lengths))
     height, width = episode.frames.shape[1:3]
     camera = Camera(intrinsics(BRIDGE_FOCAL, width, height), matrix(view), width, height)
     where = np.stack([np.interp(np.arange(end + 1), frames, pixels[:, k]) for k in (0, 1)], axis=1)
