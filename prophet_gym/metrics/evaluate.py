@@ -217,7 +217,7 @@ def _pick(episodes: Sequence[Episode]) -> list[int]:
 
 def _title(episode: Episode, scores: EpisodeScores) -> str:
     outcome = {True: "success", False: "failure", None: "not judged"}[episode.success]
-    return f"{episode.instruction} ({outcome}), {scores.psnr.mean():.1f} dB"
+    return f"{episode.instruction or episode.name} ({outcome}), {scores.psnr.mean():.1f} dB"
 
 
 def _check(world_model: WorldModel, episodes: Sequence[Episode], steps: int, batch_size: int) -> None:
