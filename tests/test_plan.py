@@ -47,7 +47,8 @@ def real_loss(transformer: ProphetTransformer, batch: int, frames: int = 6) -> t
     h, w = SIZE[0] // 8, SIZE[1] // 8
     latents, history = torch.randn(batch, 8, frames, h, w), torch.randn(batch, 8, 15, h, w)
     drawn = torch.randn(batch, 3, 4 * frames - 3, 4 * h, 4 * w)
-    chunk = ChunkBatch(latents, history, torch.zeros(batch, 20, 1, 7), drawn, torch.zeros(batch, frames - 1, h, w))
+    near = torch.zeros(batch, frames - 1, h, w)
+    chunk = ChunkBatch(latents, history, torch.zeros(batch, 20, 1, 7), drawn, near, near)
     noise = ChunkNoise.draw(latents.shape, history.shape, ObjectiveConfig(), torch.Generator().manual_seed(0))
     return mean_velocity_error(ChunkDenoiser(transformer), chunk, noise, torch.device("cpu"))
 

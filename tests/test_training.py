@@ -22,7 +22,7 @@ from prophet_gym.training.chunks import ChunkSampler
 from prophet_gym.training.clips import encode_clips, load_clips
 from prophet_gym.training.config import WorldModelConfig
 from prophet_gym.training.loop import LoopConfig, forget_after
-from prophet_gym.training.objective import velocity_loss
+from prophet_gym.training.objective import ChunkNoise, velocity_loss
 from prophet_gym.training.self_rollout import SelfRollout
 from prophet_gym.training.vae import VAEConfig, train_vae
 from prophet_gym.training.world_model import start_from, train_world_model
@@ -332,7 +332,33 @@ def test_coverage_lies_around_the_hand_and_where_the_object_starts(sampler: Chun
     assert torch.equal(both[:, :, 2:, 2:], alone[:, :, 2:, 2:])
 
 
-def test_what_is_drawn_and_weighed_does_not_know_the_outcome(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+def test_presence_lies_where_the_objects_truly_are(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+    where = np.array([2]), np.array([4]), 6, np.array([0]), np.array([1])
+    path = np.full_like(sampler.clips.object_px, np.nan)
+    path[:, :7, 0], path[:, 7:, 0] = 3.5, (59.5, 35.5)  # jumps within the first group, frames 5 to 8
+    sampler.clips = replace(sampler.clips, object_px=path)
+    batch = sampler.gather(*where)
+    assert batch.presence.shape == (1, 2, 8, 8) and batch.presence.max() <= 1
+    assert batch.presence[0, 0, 0, 0] == batch.presence[0, 0, 4, 7] == 0.5  # two of four frames in each place
+    assert batch.presence[0, 1, 0, 0] == 0 and batch.presence[0, 1, 4, 7] == 1
+
+    network = ProphetTransformer(**preset("tiny", latent_channels=8, num_attention_heads=1, num_layers=1))
+
+    def zero(inputs: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.zeros_like(inputs)
+
+    heavy = replace(config, presence_weight=1e6)
+    plain, weighed = (velocity_loss(zero, network, batch, chosen, 0)[0] for chosen in (config, heavy))
+    alone = replace(batch, presence=(batch.presence == 1).float())
+    only, _ = velocity_loss(zero, network, alone, heavy, 0)
+    assert weighed != plain and only != weighed
+    generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003)
+    noise = ChunkNoise.draw(batch.latents.shape, batch.history.shape, config, generator)
+    error = (noise.target - batch.latents[:, :, 1:]).square().mean(dim=1)
+    assert float(only) == pytest.approx(float(error[0, 1, 4, 7]), rel=1e-3)
+
+
+def test_what_is_drawn_and_weighed_by_default_does_not_know_the_outcome(sampler: ChunkSampler, config: WorldModelConfig) -> None:
     """Else a model that cannot tell what will happen imagines what was favoured."""
     clips = sampler.clips
     start, length = 2, 12

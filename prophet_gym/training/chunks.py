@@ -1,8 +1,9 @@
 """Training batches: chunks of recorded episodes with the history that a rollout would have where they start.
 
-What is drawn more often and what weighs more follows from what the model is given, start frame and commands, never
-from how the chunk went on. Chunks in which a block moved, or positions where it ended, would be the outcome: a grasp
-that may succeed or slip would then be imagined as a success, or as a block in both places.
+What is drawn more often, and what weighs more by default, follows from what the model is given, start frame and
+commands, not from how the chunk went on. Chunks in which a block moved would be the outcome: a grasp that may succeed
+or slip would then be imagined as a success. Positions where a block ended are the outcome too (``presence``): where
+they weigh more, a model of one denoising step shows the block in both places, where it would else let it fade in both.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ChunkBatch:
         action_frames: drawn actions (B, 3, 1 + 4 (T - 1), h, w) in [-1, 1], for "pooled" their latents, or None.
         coverage: nearness of each latent position to where a labelled object starts, or to where an end-effector is
             commanded to be, (B, T - 1, h, w) in 0 to 1.
+        presence: nearness of each latent position to where a labelled object truly is, (B, T - 1, h, w) in 0 to 1.
     """
 
     latents: Tensor
@@ -41,6 +43,7 @@ class ChunkBatch:
     actions: Tensor
     action_frames: Tensor | None
     coverage: Tensor
+    presence: Tensor
 
 
 class ChunkSampler:
@@ -148,16 +151,20 @@ class ChunkSampler:
             torch.from_numpy(history).float().transpose(1, 2),
             torch.from_numpy(pad_chunk(commands, self.chunk_length)),
             frames,
-            self._coverage(episodes, starts, length),
+            *self._near(episodes, starts, length),
         )
 
-    def _coverage(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
-        """Tents around the objects' first centroids and the end-effectors' path, mean over groups of four frames."""
+    def _near(self, episodes: np.ndarray, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Coverage by the objects' first centroids and the end-effectors' path, and by the objects' true path."""
         index = np.minimum(starts[:, None] + np.arange(1, 1 + 4 * -(-length // 4)), (starts + length)[:, None])
         hands = self.clips.effector_px[episodes[:, None], index]
         objects = self.clips.object_px[episodes, starts][:, None].repeat(index.shape[1], axis=1)
-        centroids = torch.from_numpy(np.concatenate([hands, objects], axis=2)).float()
-        cell = VideoCodec.spatial_stride
+        commanded = self._tents(np.concatenate([hands, objects], axis=2))
+        return commanded, self._tents(self.clips.object_px[episodes[:, None], index])
+
+    def _tents(self, pixels: np.ndarray) -> Tensor:
+        """Tents around (u, v) of (B, 4 n, K, 2) pixels, summed, mean over groups of four frames: (B, n, h, w)."""
+        centroids, cell = torch.from_numpy(pixels).float(), VideoCodec.spatial_stride
         near = []
         for axis, size in ((1, self.latents.single.shape[-2]), (0, self.latents.single.shape[-1])):
             centres = (torch.arange(size) + 0.5) * cell - 0.5

@@ -40,6 +40,9 @@ class ObjectiveConfig:
     where the outcome is open."""
     object_weight: float = 0.0
     """Extra loss weight of the latent positions around labelled objects (where they start) and end-effectors."""
+    presence_weight: float = 0.0
+    """Extra loss weight of the latent positions around labelled objects (where they truly are). It favours an object in
+    each of several likely places over its faded mean."""
     num_inference_steps: int = 4
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -140,6 +140,7 @@ def velocity_loss(
     change = (clean[:, :, 1:] - clean[:, :, :1]).square().mean(dim=1)
     coverage = batch.coverage.to(device)
     weight = 1.0 + config.motion_weight * change.clamp(max=1.0) + config.object_weight * coverage
+    weight = weight + config.presence_weight * batch.presence.to(device)
     moving = change > 0.25
     numbers = {"velocity_mse": error.mean().item()}
     if moving.any():
