@@ -358,7 +358,7 @@ def test_presence_lies_where_the_objects_truly_are(sampler: ChunkSampler, config
     assert float(only) == pytest.approx(float(error[0, 1, 4, 7]), rel=1e-3)
 
 
-def test_what_is_drawn_and_weighed_by_default_does_not_know_the_outcome(sampler: ChunkSampler, config: WorldModelConfig) -> None:
+def test_draws_and_weights_do_not_know_the_outcome_by_default(sampler: ChunkSampler, config: WorldModelConfig) -> None:
     """Else a model that cannot tell what will happen imagines what was favoured."""
     clips = sampler.clips
     start, length = 2, 12
