@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the shipped checkpoint of Prophet-Tabletop-v0 again: data, codec, denoiser, judge, evaluation.
-# About seven hours on two CPU cores; every step continues where it was interrupted.
+# About eight hours on two CPU cores; every step continues where it was interrupted.
 set -euo pipefail
 prophet=${PROPHET:-.venv/bin/prophet}
 prophrl=${PROPHRL:-.venv/bin/prophrl}
@@ -73,9 +73,22 @@ ln -sfn "$(realpath "$runs/data/all")"/episode_* "$(realpath "$runs")"/data/play
 ls -d "$(realpath "$runs/data/train")"/episode_* | head -800 | xargs -I{} ln -sfn {} "$runs/data/some/"
 world "$runs/refreshed" --data "$runs/data/everything" --init "$runs/final/prophet" --steps 3600 --decay-fraction 0.6 \
   --warmup-steps 50 --seed 5 --timestep-shift 4 --first-step 0.35 --num-inference-steps 2
-world=$runs/refreshed/prophet
-sed -i 's/"num_inference_steps": 2/"num_inference_steps": 1/' "$world/prophet.json"  # as good on validation, and faster
-judge "$world" "$runs/data/val-judge" 1200 2600 "$runs"/data/played-* "$runs/data/extra" "$runs/data/some"
+# Where a block truly is weighs more, first six times, then twenty: it no longer fades where the outcome is open.
+mkdir -p "$runs/data/half"
+ln -sfn "$(realpath "$runs/data/extra")"/episode_* "$(realpath "$runs")"/data/played-*/episode_* "$runs/data/half/"
+ls -d "$(realpath "$runs/data/train")"/episode_* | awk 'NR % 2 == 0' | head -2421 | xargs -I{} ln -sfn {} "$runs/data/half/"
+present=(--data "$runs/data/half" --cache "$runs/cache-half" --warmup-steps 50 --self-rollout 0.5 --still-below 6)
+world "$runs/present" "${present[@]}" --init "$runs/refreshed/prophet" --steps 1250 --decay-fraction 0.2 --seed 6 --presence-weight 6
+world "$runs/presence" "${present[@]}" --init "$runs/present/prophet" --steps 2400 --decay-fraction 0.5 --seed 9 \
+  --presence-weight 20 --first-step 0.7
+world=$runs/presence/prophet
+# The judge also reads what a policy learned in the world before, whose judge is the one of that world.
+judge "$runs/refreshed/prophet" "$runs/data/val-judge" 1200 2600 "$runs"/data/played-* "$runs/data/extra" "$runs/data/some"
+"$python" benchmarks/reinforcement.py --policy tabletop-sft --out "$runs/reinforced-again" --arms flowscale \
+  --envs Prophet-Tabletop-v0 --seeds 0 --updates 48 --learning-rate 3e-4 --checkpoint "$runs/refreshed/prophet" \
+  --judge "$runs/refreshed/prophet/judge"
+play "$runs/reinforced-again/flowscale-Prophet-Tabletop-v0-1024-0/policy" 1000 4500000
+judge "$world" "$runs/data/val-judge" 1200 3000 "$runs"/data/played-* "$runs/data/extra" "$runs/data/some"
 "$prophet" snapshots "$world/snapshots" --overwrite
 
 "$prophet" eval "$runs/data/test" --checkpoint "$world" --out "$runs/evaluation"

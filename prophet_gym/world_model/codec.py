@@ -53,6 +53,12 @@ class VideoCodec:
         mean, std = self._wan_statistics(raw)
         return ((raw.float() - mean) / std).to(raw.dtype)
 
+    def standing(self, frames: Tensor, latents: Tensor) -> Tensor:
+        """Latents (B, z, 2, h, w) of frames (B, H, W, 3) uint8 that stand still, given their own (B, z, 1, h, w)."""
+        if self.folded:  # a frame alone is coded as four that stand still
+            return latents.expand(-1, -1, 2, -1, -1)
+        return self.encode(frames[:, None].expand(-1, 1 + self.temporal_stride, -1, -1, -1))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, z, 1 + n, h, w) to the 4n frames after the first, (B, 4n, H, W, 3) uint8."""
         latents = latents.to(self.vae.dtype)

@@ -192,8 +192,7 @@ class ProphetWorldModel:
         latents = self._sample(state, commands, poses, num_inference_steps)
         frames = self.codec.decode(latents)[:, :length].cpu()
         if self.config.still_below:
-            standing = self.codec.encode(state.frames[:, None].expand(-1, 1 + VideoCodec.temporal_stride, -1, -1, -1))
-            decoded_start = self.codec.decode(standing)[:, 0].cpu()
+            decoded_start = self.codec.decode(self.codec.standing(state.frames, latents[:, :, :1]))[:, 0].cpu()
             frames = keep_still(frames, state.frames.cpu(), decoded_start, self.config.still_below)
         history, tail, count = self._advance_history(state, frames, latents)
         after = replace(

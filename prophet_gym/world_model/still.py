@@ -28,7 +28,10 @@ def keep_still(frames: Tensor, start: Tensor, decoded_start: Tensor, threshold: 
     Returns:
         (B, T, H, W, 3) uint8; from `threshold` to `FULLY_CHANGED` times as much, a mixture of both.
     """
-    difference = (frames.float() - decoded_start[:, None].float()).abs().amax(-1)
-    change = F.avg_pool2d(difference, 3, stride=1, padding=1, count_include_pad=False)
-    weight = ((change / threshold - 1) / (FULLY_CHANGED - 1)).clamp(0, 1)[..., None]
-    return (weight * frames + (1 - weight) * start[:, None]).round().to(torch.uint8)
+    difference = torch.maximum(frames, decoded_start[:, None]).sub_(torch.minimum(frames, decoded_start[:, None]))
+    red, green, blue = difference.unbind(-1)
+    largest = torch.maximum(torch.maximum(red, green), blue).float()
+    change = F.avg_pool2d(largest, 3, stride=1, padding=1, count_include_pad=False)
+    weight = change.div_(threshold).sub_(1).div_(FULLY_CHANGED - 1).clamp_(0, 1)[..., None]
+    still = start[:, None].float()
+    return (frames - still).mul_(weight).add_(still).round_().to(torch.uint8)
