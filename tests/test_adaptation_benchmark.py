@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +22,14 @@ ARMS = ("adapt", "scratch", "full")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     """Everything that the benchmark does, with a step per arm on two episodes; one process, so that patches hold."""
     config = Config(out=tmp_path_factory.mktemp("bench"), arms=ARMS, episodes=(2,), steps=1, held_out=2, frames=4)
     record(config.out / "held_out", 2, adaptation.HELD_OUT_SEED, workers=0, look="second", progress=False)
     record(config.out / "train-2", 2, adaptation.TRAINING_SEED, workers=0, look="second", progress=False)
     yield config
     AcceleratorState._reset_state(True)
+    shutil.rmtree(config.out)  # 270 MB of optimiser states
 
 
 @pytest.fixture(scope="module")

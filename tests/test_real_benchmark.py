@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from prophet_gym.registration import ASSETS
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     """Recordings of Tabletop in the place of Bridge's, its packaged world and codec in the place of trained ones."""
     root = tmp_path_factory.mktemp("real")
     for name, seed in (("bridge", 6_100_000), ("bridge-val", 1_600_000)):
@@ -27,7 +29,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         (root / "assets" / name).symlink_to(ASSETS / "tabletop")
     (root / "runs" / "vae").mkdir()
     (root / "runs" / "vae" / "vae").symlink_to(ASSETS / "tabletop" / "vae")
-    return Config(runs=root / "runs", out=root / "out", sets=("bridge",), steps=1, jobs=1)
+    yield Config(runs=root / "runs", out=root / "out", sets=("bridge",), steps=1, jobs=1)
+    shutil.rmtree(root)  # 330 MB of optimiser states
 
 
 @pytest.fixture(scope="module")
