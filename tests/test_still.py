@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from prophet_gym import SnapshotSet
+from prophet_gym.world_model.codec import VideoCodec
 from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
 from prophet_gym.world_model.still import FULLY_CHANGED, keep_still
+from prophet_gym.world_model.video_vae import FoldedVideoVAE
 
 
 def grey(value: int, frames: int = 1) -> torch.Tensor:
@@ -33,6 +36,30 @@ def test_between_both_a_mixture_that_grows_with_the_change() -> None:
     start = grey(0)[:, 0]
     shown = [int(keep_still(grey(20 + d), start, grey(20)[:, 0], 8.0)[0, 0, 5, 5, 0]) for d in (0, 8, 10, 14, 18, 20)]
     assert shown[:2] == [0, 0] and shown[-1] == 40 and shown == sorted(shown) and len(set(shown)) == 5
+
+
+def test_darker_counts_like_brighter_in_whichever_channel_changes_most() -> None:
+    start = decoded_start = grey(100)[:, 0]
+    for channel in range(3):
+        frames = grey(100, 2)
+        frames[0, 0, ..., channel], frames[0, 1, ..., channel] = 60, 140
+        assert torch.equal(keep_still(frames, start, decoded_start, threshold=8.0), frames)
+
+
+@pytest.mark.parametrize("kind", ["folded", "wan"])
+def test_latents_of_what_stands_still_are_those_of_its_video(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "folded":
+        codec = VideoCodec(FoldedVideoVAE(latent_channels=4, channels=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1)))
+    else:
+        codec = VideoCodec(
+            AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+        )
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        standing = codec.standing(frames, codec.encode(frames[:, None]))
+        video = codec.encode(frames[:, None].expand(-1, 5, -1, -1, -1))
+    torch.testing.assert_close(standing, video)
 
 
 def test_a_rollout_keeps_what_stands_still(tiny_checkpoint: Path) -> None:

@@ -139,8 +139,8 @@ def velocity_loss(
     error = (velocity[:, :, 1:].float() - (noise.target.to(device) - clean[:, :, 1:])).square().mean(dim=1)
     change = (clean[:, :, 1:] - clean[:, :, :1]).square().mean(dim=1)
     coverage = batch.coverage.to(device)
-    weight = 1.0 + config.motion_weight * change.clamp(max=1.0) + config.object_weight * coverage
-    weight = weight + config.presence_weight * batch.presence.to(device)
+    near = config.object_weight * coverage + config.presence_weight * batch.presence.to(device)
+    weight = 1.0 + config.motion_weight * change.clamp(max=1.0) + near
     moving = change > 0.25
     numbers = {"velocity_mse": error.mean().item()}
     if moving.any():
