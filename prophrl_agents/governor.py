@@ -16,6 +16,7 @@ from gymnasium.vector import VectorEnv
 
 from prophet_gym.judges.base import as_judge
 from prophet_gym.judges.calibration import wilson_interval
+from prophet_gym.sims.vector import without_frames
 from prophrl_agents.batch import RolloutBatch
 
 __all__ = ["Governor", "GovernorReport", "GovernorRules", "JudgeReference", "Reference", "SimulatorReference"]
@@ -123,8 +124,9 @@ class SimulatorReference:
             ValueError: a rollout did not start from a snapshot, so that the simulator cannot start there.
         """
         results: list[bool | None] = []
-        for first in range(0, len(rollouts), self.env.num_envs):
-            results += self._replay(batch, list(rollouts[first : first + self.env.num_envs]))
+        with without_frames(self.env):
+            for first in range(0, len(rollouts), self.env.num_envs):
+                results += self._replay(batch, list(rollouts[first : first + self.env.num_envs]))
         return results
 
     def _replay(self, batch: RolloutBatch, rollouts: list[int]) -> list[bool | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prophet_gym.arguments import parse_autoreset_mode
-from prophet_gym.sims.vector import HoldingSyncVectorEnv
+from prophet_gym.sims.vector import HoldingSyncVectorEnv, without_frames
 from prophet_gym.vector_env import ProphetVectorEnv
 from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.policies.base import FlowPolicy, FlowSample, SampleMode
@@ -91,7 +91,9 @@ def collect_groups(
     began = time.perf_counter()
     collection = _Collection(env, policy, tuple(starts), group_size, noise_seed, mode, keep_frames)
     total = len(starts) * group_size
-    with tqdm(total=total, desc="rollouts", unit="rollout", disable=None if progress else True) as bar:
+    quiet = None if progress else True
+    rendering = nullcontext() if keep_frames else without_frames(env)
+    with rendering, tqdm(total=total, desc="rollouts", unit="rollout", disable=quiet) as bar:
         for first in range(0, total, env.num_envs):
             collection.run(range(first, min(first + env.num_envs, total)), max_env_steps, bar)
     return collection.to_batch(began)

@@ -38,7 +38,8 @@ class SimulatorEnv(gym.Env):
     Info: ``instruction``, ``task``, ``env_step`` (chunks so far), ``is_success``, ``judge_valid`` (always True: the
     simulator knows), ``verdict`` (None where success is not asked for yet), ``checkpoint`` (says that this is no world
     model) and, after a step, ``num_executed`` (commands of the chunk that were executed) and ``frames`` (C, H, W, 3)
-    uint8, the last one repeated for commands after success.
+    uint8, the last one repeated for commands after success; no frames within
+    :func:`prophet_gym.sims.vector.without_frames`.
 
     Args:
         make_simulator: makes the simulator, and those of forks.
@@ -78,6 +79,7 @@ class SimulatorEnv(gym.Env):
         self.metadata = {**self.metadata, "render_fps": self.action_spec.control_hz}
         self.observation_space = observation_space(self.action_spec, self.sim.image_size)
         self.action_space = self.action_spec.action_space(self.chunk_length)
+        self.every_frame = True  # see prophet_gym.sims.vector.without_frames
         self._frame: np.ndarray | None = None  # None before the first reset
         self._env_step, self._num_commands, self._done = 0, 0, False
 
@@ -116,14 +118,13 @@ class SimulatorEnv(gym.Env):
         if self._done:
             raise ValueError("step() was called after the episode ended. Call reset() first.")
         action = self.action_spec.check(action, self.chunk_length)
-        frames = []
-        for command in action:
-            self.sim.step(command)
-            frames.append(self.sim.render())
-            if self.sim.ends_at == "command" and self.sim.is_success():
-                break
-        executed = len(frames)
-        frames += frames[-1:] * (len(action) - executed)
+        frames, executed, over = [], 0, False
+        while not over:
+            self.sim.step(action[executed])
+            executed += 1
+            over = executed == len(action) or (self.sim.ends_at == "command" and self.sim.is_success())
+            if over or self.every_frame:
+                frames.append(self.sim.render())
         self._frame = frames[-1]
         self._env_step += 1
         self._num_commands += executed
@@ -132,7 +133,9 @@ class SimulatorEnv(gym.Env):
         success = asked and bool(self.sim.is_success())
         self._done = success or truncated
         info = self._info(Verdict(success, float(success), reason="simulator state") if asked else None)
-        info |= {"num_executed": executed, "frames": np.stack(frames)}
+        info["num_executed"] = executed
+        if self.every_frame:
+            info["frames"] = np.stack(frames + frames[-1:] * (len(action) - executed))
         return self._observe(), float(success), success, truncated, info
 
     def render(self) -> np.ndarray | None:
