@@ -68,7 +68,8 @@ def collect_groups(
         group_size: members of a group; learners need at least 2.
         noise_seed: of the policy's noise. Member m of a start draws from ``member_generator(noise_seed, seed, m)``.
         mode: "sde" for learning, "ode" for deployment.
-        keep_frames: keep the video of every rollout.
+        keep_frames: keep the video of every rollout. Without, our simulators render what the policy sees and no more:
+            their ``info`` has no "frames".
         progress: show a bar with the remaining time.
         max_env_steps: policy calls after which a rollout that has not ended is an error.
 

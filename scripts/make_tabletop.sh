@@ -70,13 +70,13 @@ play "$runs/reinforced/flowscale-Prophet-Tabletop-v0-1024-1/policy" 1000 4400000
 mkdir -p "$runs/data/everything" "$runs/data/some" "$runs/data/val-judge"
 ln -sfn "$(realpath "$runs/data/val")"/episode_* "$(realpath "$runs/data/val-played")"/episode_* "$runs/data/val-judge/"
 ln -sfn "$(realpath "$runs/data/all")"/episode_* "$(realpath "$runs")"/data/played-4[234]*/episode_* "$runs/data/everything/"
-ls -d "$(realpath "$runs/data/train")"/episode_* | head -800 | xargs -I{} ln -sfn {} "$runs/data/some/"
+ls -d "$(realpath "$runs/data/train")"/episode_* | awk 'NR <= 800' | xargs -I{} ln -sfn {} "$runs/data/some/"
 world "$runs/refreshed" --data "$runs/data/everything" --init "$runs/final/prophet" --steps 3600 --decay-fraction 0.6 \
   --warmup-steps 50 --seed 5 --timestep-shift 4 --first-step 0.35 --num-inference-steps 2
-# Where a block truly is weighs more, first six times, then twenty: it no longer fades where the outcome is open.
+# Where a block truly is weighs more (by 6, then by 20), beside what hands and starts weigh: it fades less where the outcome is open.
 mkdir -p "$runs/data/half"
 ln -sfn "$(realpath "$runs/data/extra")"/episode_* "$(realpath "$runs")"/data/played-4[234]*/episode_* "$runs/data/half/"
-ls -d "$(realpath "$runs/data/train")"/episode_* | awk 'NR % 2 == 0' | head -2421 | xargs -I{} ln -sfn {} "$runs/data/half/"
+ls -d "$(realpath "$runs/data/train")"/episode_* | awk 'NR % 2 == 0 && NR <= 4842' | xargs -I{} ln -sfn {} "$runs/data/half/"
 present=(--data "$runs/data/half" --cache "$runs/cache-half" --warmup-steps 50 --self-rollout 0.5 --still-below 6)
 world "$runs/present" "${present[@]}" --init "$runs/refreshed/prophet" --steps 1250 --decay-fraction 0.2 --seed 6 --presence-weight 6
 world "$runs/presence" "${present[@]}" --init "$runs/present/prophet" --steps 2400 --decay-fraction 0.5 --seed 9 \

@@ -27,8 +27,11 @@ def test_places_weigh_by_their_weight_and_nearness(weight: str) -> None:
     network = ProphetTransformer(**preset("tiny", latent_channels=8, num_attention_heads=1, action_frames="none"))
     plain = ObjectiveConfig(action_frames="none", first_step=1.0)
 
+    def result(config: ObjectiveConfig) -> tuple[torch.Tensor, dict[str, float]]:
+        return velocity_loss(lambda inputs, *_: torch.zeros_like(inputs), network, batch, config, 0)
+
     def loss(config: ObjectiveConfig) -> float:
-        return float(velocity_loss(lambda inputs, *_: torch.zeros_like(inputs), network, batch, config, 0)[0])
+        return float(result(config)[0])
 
     seeded = torch.Generator().manual_seed(plain.loop.seed * 1_000_003)
     noise = ChunkNoise.draw(latents.shape, batch.history.shape, plain, seeded)
@@ -36,6 +39,17 @@ def test_places_weigh_by_their_weight_and_nearness(weight: str) -> None:
     assert loss(plain) == pytest.approx(float(error.mean()), rel=1e-5)
     share = 1.0 + 3.0 * here
     assert loss(replace(plain, **{weight: 3.0})) == pytest.approx(float((share * error).sum() / share.sum()), rel=1e-5)
+    named = {"presence_weight": "velocity_mse_presence", "object_weight": "velocity_mse_object"}
+    numbers = result(plain)[1]
+    assert numbers[named[weight]] == pytest.approx(float((here * error).sum() / here.sum()), rel=1e-5)
+    assert not numbers.keys() & (set(named.values()) - {named[weight]})
+
+
+@pytest.mark.parametrize("weight", ["motion_weight", "object_weight", "presence_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_that_are_none(weight: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{weight}={value}: expected an extra weight of 0 or more"):
+        ObjectiveConfig(**{weight: value})
 
 
 def test_a_torn_last_line_of_the_log_goes(tmp_path: Path) -> None:

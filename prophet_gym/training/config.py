@@ -8,6 +8,7 @@ steps, imagined, because in a rollout they are the model's own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,9 @@ class ObjectiveConfig:
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+        for name in ("motion_weight", "object_weight", "presence_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected an extra weight of 0 or more")
 
 
 @dataclass(frozen=True)

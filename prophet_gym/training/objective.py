@@ -138,13 +138,14 @@ def velocity_loss(
     clean = batch.latents.to(device)
     error = (velocity[:, :, 1:].float() - (noise.target.to(device) - clean[:, :, 1:])).square().mean(dim=1)
     change = (clean[:, :, 1:] - clean[:, :, :1]).square().mean(dim=1)
-    coverage = batch.coverage.to(device)
-    near = config.object_weight * coverage + config.presence_weight * batch.presence.to(device)
+    coverage, presence = batch.coverage.to(device), batch.presence.to(device)
+    near = config.object_weight * coverage + config.presence_weight * presence
     weight = 1.0 + config.motion_weight * change.clamp(max=1.0) + near
     moving = change > 0.25
     numbers = {"velocity_mse": error.mean().item()}
     if moving.any():
         numbers["velocity_mse_moving"] = error[moving].mean().item()
-    if coverage.any():
-        numbers["velocity_mse_object"] = ((coverage * error).sum() / coverage.sum()).item()
+    for name, place in (("object", coverage), ("presence", presence)):
+        if place.any():
+            numbers[f"velocity_mse_{name}"] = ((place * error).sum() / place.sum()).item()
     return (weight * error).sum() / weight.sum(), numbers

@@ -1,8 +1,8 @@
 """Training on the model's own rollouts: chunks that start from an imagined frame and an imagined history.
 
 Trained on recorded frames alone, a model never meets its own mistakes, and a rollout of several chunks piles them up.
-Here a rollout leads to the chunk as it does in :meth:`ProphetWorldModel.predict` (no gradient, current weights); the
-target stays the recorded video.
+Here a rollout leads to the chunk as it does in :meth:`ProphetWorldModel.predict` (no gradient, current weights, but
+nothing of ``still_below``); the target stays the recorded video.
 """
 
 from __future__ import annotations
