@@ -48,6 +48,21 @@ def per_slot(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
     return list(values)
 
 
+def require_snapshots(snapshots: Any) -> None:
+    """Requires None, or a sequence of at least one snapshot."""
+    if snapshots is None:
+        return
+    expected = "expected a SnapshotSet, a list of prophet_gym.Snapshot, or None"
+    if isinstance(snapshots, str) or not isinstance(snapshots, Sequence):
+        hint = ": give [snapshot]" if isinstance(snapshots, Snapshot) else ""
+        raise ValueError(f"snapshots is a {type(snapshots).__name__}; {expected}{hint}.")
+    if len(snapshots) == 0:
+        raise ValueError("snapshots is empty; expected at least one Snapshot, or None.")
+    for index, snapshot in enumerate(snapshots):
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"snapshots[{index}] is a {type(snapshot).__name__}; {expected}.")
+
+
 def require_snapshot(snapshot: Any, index: int) -> Snapshot:
     """Returns ``snapshot`` after requiring that it is one."""
     if not isinstance(snapshot, Snapshot):

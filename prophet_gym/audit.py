@@ -72,12 +72,14 @@ def audit(episodes: Sequence[Episode], *, limit: int | None = None) -> AuditRepo
         limit: How many, from the first; all by default.
 
     Raises:
-        ValueError: If no episode can be read.
+        ValueError: If there is no episode to read, or none that can be read.
     """
     findings: list[Finding] = []
     read: list[Episode] = []
     signals: list[Signals] = []
     count = len(episodes) if limit is None else min(limit, len(episodes))
+    if count < 1:
+        raise ValueError(f"{count} episodes to audit; expected at least 1")
     for i in range(count):
         try:
             episode = episodes[i]

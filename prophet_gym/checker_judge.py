@@ -6,6 +6,7 @@ For authors of judges, and for our own tests. It asks whether a judge can be rel
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -14,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from .checker import require
-from .judges.base import Judge, Verdict, as_judge
+from .judges.base import AnswerError, FunctionJudge, Judge, Verdict, as_judge
 
 __all__ = ["check_judge"]
 
 INSTRUCTION = "put the red block on the blue plate"
 UNKNOWN = "qwertz the fnord beyond the zyx"
+_ANSWERS = (
+    "a path through the judge without return (None), a word or class number instead of a decision, a logit without its "
+    "sigmoid, or a tensor (.item() makes it a number)"
+)
 TOLERANCE = 1e-4
 """Largest difference of two scores that count as equal: a batch rounds otherwise than a single call."""
 
@@ -46,6 +51,7 @@ def check_judge(judge: Any, *, frames: np.ndarray | None = None, instruction: st
         AssertionError: a rule is broken; the message says what was seen and what usually causes it.
     """
     tested = as_judge(judge)
+    _check_signature(tested.function if isinstance(tested, FunctionJudge) else tested)
     frames = _drawn_rollout() if frames is None else frames
     prefixes = [frames[:length].copy() for length in range(2, len(frames) + 1)]
     singles = [_ask(tested, prefix, instruction) for prefix in prefixes[-1:] + prefixes[:1]]
@@ -68,12 +74,28 @@ def check_judge(judge: Any, *, frames: np.ndarray | None = None, instruction: st
     _check_refusals(tested, frames, instruction)
 
 
+def _check_signature(judge: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(judge)
+    except (TypeError, ValueError):  # of some callables Python does not know it
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise AssertionError(
+            f"the judge is called as judge(frames, instruction), but takes {signature} ({error}). Likely cause: an "
+            "argument left out or too many; give further ones a default, or use functools.partial."
+        ) from error
+
+
 def _ask(judge: Judge, frames: np.ndarray, instruction: str) -> Verdict:
     """One verdict, after checking it and that the frames were left alone."""
     given = frames.copy()
     what = f"{len(frames)} frames and the instruction {instruction!r}"
     try:
         verdict = judge(given, instruction)
+    except AnswerError as error:
+        raise AssertionError(f"{error} It was asked about {what}. Likely cause: {_ANSWERS}.") from error
     except Exception as error:
         cause = (
             "a word that is looked up without asking whether it is known; abstain: Verdict.abstain(reason)"
@@ -94,10 +116,11 @@ def _ask(judge: Judge, frames: np.ndarray, instruction: str) -> Verdict:
 
 
 def _check_verdict(verdict: Any, what: str) -> None:
+    cause = "a bare bool or float from an object with judge_batch; only plain callables may answer so"
     require(
         isinstance(verdict, Verdict),
         f"the answer to {what} is {verdict!r} ({type(verdict).__name__}), expected a Verdict",
-        "a bare bool or float from an object with judge_batch; only plain callables may answer so",
+        cause if isinstance(verdict, bool | np.bool_ | float) else _ANSWERS,
     )
     seen = f"the verdict on {what} has success={verdict.success!r}, score={verdict.score!r}, valid={verdict.valid!r}"
     cause = "a Verdict built around its checks; use Verdict(success, score) or Verdict.abstain(reason)"

@@ -54,7 +54,7 @@ def _load(checkpoint: str, device: str = "cpu", dtype: Precision = "float32") ->
 
 
 def info(checkpoint: Positional[str] = "tabletop") -> None:
-    """Show a checkpoint: networks, conventions, training data and measured figures.
+    """Show a checkpoint: size of its networks, conventions, training data; its README.md has the measured figures.
 
     Args:
         checkpoint: a folder, or the name of packaged weights.
@@ -84,7 +84,7 @@ def record(
 
     Args:
         out: folder of the data set; episodes already there are kept and skipped.
-        episodes: size of the complete set.
+        episodes: how many, with seeds from the first on.
         seed: seed of the first episode.
         steps: commands of an episode.
         workers: processes.
@@ -95,7 +95,7 @@ def record(
         image_size: side of its images, pixels.
         look: camera and colours; "second" is seen from the other side, in colours of its own.
     """
-    from .data.record import DEFAULT_MIX, record_wandering  # needs MuJoCo
+    from .data.record import DEFAULT_MIX, record_wandering, recorded  # needs MuJoCo
     from .data.record import record as record_episodes
 
     if env == SIMULATOR_ID:
@@ -110,7 +110,7 @@ def record(
         given: dict[str, Any] = {"task": task, "image_size": image_size}
         given = {name: value for name, value in given.items() if value is not None}
         made = record_wandering(out, episodes, seed, workers, steps, env_id=env, **given)
-    print(f"{made} episodes recorded, {episodes} in {out}")
+    print(recorded(out, made, steps))
 
 
 def snapshots(out: Positional[Path], count: int = 64, seed: int = 2_000_000, overwrite: bool = False) -> None:
@@ -124,6 +124,8 @@ def snapshots(out: Positional[Path], count: int = 64, seed: int = 2_000_000, ove
     """
     from .data.record import record_snapshots  # needs MuJoCo
 
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; give another folder, or --overwrite to replace the set in it")
     print(f"{len(record_snapshots(out, count, seed, overwrite=overwrite))} snapshots in {out}")
 
 
@@ -151,8 +153,7 @@ def audit(
     report = audit_episodes(opened, limit=episodes)
     print(format_audit(report))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(report.to_dict()))
+        atomic_text(out, to_json(report.to_dict()))
     if page is not None:
         write_audit_page(report, opened, page, name=data.resolve().name)
     if report.exit_code:
@@ -302,6 +303,8 @@ def evaluate(
         device: of the networks, as in torch.
         dtype: of the networks.
     """
+    if episodes < 2:
+        raise ValueError(f"--episodes {episodes}: expected at least 2: each is also tried with the commands of another")
     world = _load(checkpoint, device, dtype)
     recorded: EpisodeSequence = open_dataset(data, card=card, camera=camera)
     if stride is not None:

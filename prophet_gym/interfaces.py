@@ -33,8 +33,12 @@ def require_interface(interface: str, action_buffer: str | None, batch: bool = F
     if interface not in SINGLE_COMMAND and action_buffer is not None:
         raise ValueError(f"action_buffer={action_buffer!r}: interface={interface!r} takes whole chunks; leave it out.")
     if batch and interface in SINGLE_COMMAND and interface != "lerobot":
-        call = "gym.make, or num_envs= of compat.maniskill.make"
-        raise ValueError(f"interface={interface!r} does not exist here: expected {call}.")
+        batched = [name for name in INTERFACES if name not in SINGLE_COMMAND or name == "lerobot"]
+        own = ", or prophet_gym.compat.maniskill.make(..., num_envs=...)" if interface == "maniskill" else ""
+        raise ValueError(
+            f"interface={interface!r} has no batches: gym.make_vec takes {batched}. Make single environments with "
+            f"gym.make(..., interface={interface!r}){own}."
+        )
 
 
 def default_autoreset(interface: str, autoreset_mode: AutoresetMode | str | None) -> AutoresetMode | str:

@@ -13,13 +13,16 @@ __all__ = ["ask_judge"]
 logger = logging.getLogger(__name__)
 
 
-def ask_judge(judge: Judge | None, rollouts: list[np.ndarray], instructions: list[str]) -> list[Verdict]:
+def ask_judge(
+    judge: Judge | None, rollouts: list[np.ndarray], instructions: list[str], told: set[str]
+) -> list[Verdict]:
     """Asks ``judge`` about all rollouts at once; one that fails abstains, with a warning, and spares the others.
 
     Args:
         judge: None abstains on everything.
         rollouts: frames (T, H, W, 3) uint8 of each rollout, snapshot first.
         instructions: their goals.
+        told: failures that were logged before; they are not logged again, new ones are added.
     """
     if judge is None:
         return [Verdict.abstain("the environment has no judge")] * len(rollouts)
@@ -31,6 +34,9 @@ def ask_judge(judge: Judge | None, rollouts: list[np.ndarray], instructions: lis
     except Exception as error:  # whatever a judge does, it must not end a rollout or label it a failure
         if len(rollouts) > 1:
             pairs = zip(rollouts, instructions, strict=True)
-            return [ask_judge(judge, [frames], [instruction])[0] for frames, instruction in pairs]
-        logger.warning("The judge failed on %r and abstains: %s: %s", instructions[0], type(error).__name__, error)
-        return [Verdict.abstain(f"{type(error).__name__}: {error}")]
+            return [ask_judge(judge, [frames], [instruction], told)[0] for frames, instruction in pairs]
+        reason = f"{type(error).__name__}: {error}"
+        if reason not in told:
+            logger.warning("The judge failed on %r and abstains: %s. It is said once.", instructions[0], reason)
+            told.add(reason)
+        return [Verdict.abstain(reason)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import numpy as np
 
 from .errors import MissingCheckpointError, nearest
 from .interfaces import INTERFACES, SINGLE_COMMAND, default_autoreset, present, require_interface
@@ -20,6 +21,7 @@ from .simulators import SIMULATORS, make_vector_simulator
 from .weights import locate_weights
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from gymnasium.vector import AutoresetMode, VectorEnv
 
     from .snapshot import Snapshot
@@ -31,6 +33,7 @@ __all__ = [
     "SINGLE_COMMAND",
     "WORLDS",
     "World",
+    "find_environment",
     "find_world",
     "make_chunk_engine",
     "register_worlds",
@@ -119,6 +122,18 @@ def find_world(env_id: str) -> World:
     return WORLDS[env_id]
 
 
+def find_environment(env_id: str) -> EnvSpec:
+    """Returns Gymnasium's entry of any registered id; ``module:id`` imports the module first.
+
+    Raises:
+        ValueError: no such environment, or no such module.
+    """
+    try:
+        return gym.spec(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"no environment {env_id!r}: {error} Use 'module:id' for one of your own") from error
+
+
 def make_world(
     env_id: str,
     *,
@@ -162,7 +177,8 @@ def make_world(
 
     Raises:
         MissingCheckpointError: no weights; the message holds the command that trains some.
-        ValueError: unknown id, interface or dtype, a foreign checkpoint, or one with other action conventions.
+        ValueError: unknown id, interface, device or dtype, snapshots that are none, a foreign checkpoint, or one with
+            other action conventions.
     """
     from .compat.flat import FlatEnv
     from .env import ProphetEnv
@@ -294,6 +310,7 @@ def _load(
     """Returns the world model, and its snapshots and judge as keyword arguments."""
     import torch
 
+    from .devices import require_device
     from .judges.opening import open_judge
     from .snapshot import SnapshotSet
     from .world_model.prophet import ProphetWorldModel
@@ -302,6 +319,7 @@ def _load(
     dtypes = ("float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r}: expected one of {list(dtypes)}.{nearest(dtype, dtypes)}")
+    require_device(device)  # before anything is fetched
     folder = resolve_checkpoint(world, checkpoint)
     if snapshots is None and (folder / "snapshots").is_dir():
         snapshots = folder / "snapshots"
@@ -311,7 +329,7 @@ def _load(
     _require_conventions(world, world_model)
     if image_size is None and checkpoint is None:
         image_size = world.image_size
-    if image_size is not None and tuple(image_size) != tuple(world_model.image_size):
+    if image_size is not None and list(np.atleast_1d(image_size)) != list(world_model.image_size):
         world_model = ResizedWorldModel(world_model, image_size)
     logger.info("%s runs %s", world.id, world_model.checkpoint_info)
     if isinstance(snapshots, str | Path):

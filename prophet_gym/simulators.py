@@ -84,6 +84,9 @@ def make_simulator(
         engine = make_vector_simulator(env_id, autoreset_mode="Disabled", **options)
         return present(interface, engine, action_buffer)
     spec = _find(env_id)
+    foreign = [] if spec.has_tasks else sorted({"task", "image_size"} & set(options))
+    if foreign:
+        raise ValueError(f"{env_id} has no {' and '.join(foreign)}, as simulators with several tasks do; leave it out.")
     if isinstance(options.get("snapshots"), str | Path):
         options["snapshots"] = SnapshotSet.load(options["snapshots"])
     module, name = spec.make.split(":")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -144,9 +144,9 @@ class SnapshotSet(Sequence[Snapshot]):
         """Write one PNG per snapshot and ``snapshots.json`` into a new folder, all or nothing.
 
         Raises:
-            ValueError: If the folder exists and `overwrite` is False.
+            ValueError: If the folder exists and `overwrite` is False, or it holds more than a set.
         """
-        with atomic_folder(folder, overwrite=overwrite) as target:
+        with atomic_folder(folder, overwrite=overwrite, contents=(_INDEX, "[0-9]*.png")) as target:
             entries = []
             for index, snapshot in enumerate(self._snapshots):
                 image = f"{index:04d}.png"
@@ -176,6 +176,9 @@ class SnapshotSet(Sequence[Snapshot]):
         """
         folder = Path(folder)
         index = folder / _INDEX
+        if not folder.is_dir():
+            what = f"a file; give its folder, {folder.parent}" if folder.name == _INDEX else "no folder"
+            raise ValueError(f"{folder} is {what}; expected a folder written by SnapshotSet.save")
         if not index.is_file():
             raise ValueError(f"{folder} holds no {_INDEX}; expected a folder written by SnapshotSet.save")
         try:
@@ -185,27 +188,35 @@ class SnapshotSet(Sequence[Snapshot]):
         found = content.get("format") if isinstance(content, dict) else None
         if found != _FORMAT:
             raise ValueError(f"{index} has format {found!r}; expected {_FORMAT!r}, as SnapshotSet.save writes it")
-        return cls(_read_entry(folder, entry) for entry in content["snapshots"])
+        entries = content.get("snapshots")
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{index} lists no snapshots; expected at least one")
+        return cls(_read_entry(index, number, entry) for number, entry in enumerate(entries))
 
 
-def _read_entry(folder: Path, entry: Mapping[str, Any]) -> Snapshot:
-    if set(entry) != _KEYS:
-        raise ValueError(f"{folder / _INDEX} has an entry with keys {sorted(entry)}; expected {sorted(_KEYS)}")
-    path = folder / entry["image"]
+def _read_entry(index: Path, number: int, entry: Any) -> Snapshot:
+    if not isinstance(entry, dict) or set(entry) != _KEYS:
+        found = f"an entry with keys {sorted(entry)}" if isinstance(entry, dict) else f"{entry!r}"
+        raise ValueError(f"{index}: number {number} is {found}; expected an entry with keys {sorted(_KEYS)}")
+    path = index.parent / str(entry["image"])
     data = np.frombuffer(path.read_bytes() if path.is_file() else b"", np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     if image is None or image.ndim != 3 or image.shape[-1] != 3:
         found = "missing or damaged" if image is None else f"an image of shape {image.shape}"
         raise ValueError(f"{path} is {found}; expected a PNG with three channels")
-    return Snapshot(
-        image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-        instruction=entry["instruction"],
-        eef_pose=np.asarray(entry["eef_pose"], np.float64),
-        gripper=np.asarray(entry["gripper"], np.float64),
-        camera=None if entry["camera"] is None else Camera.from_dict(entry["camera"]),
-        simulator_state=None if entry["simulator_state"] is None else np.asarray(entry["simulator_state"], np.float64),
-        name=entry["name"],
-    )
+    camera, state = entry["camera"], entry["simulator_state"]
+    try:
+        return Snapshot(
+            image=cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
+            instruction=entry["instruction"],
+            eef_pose=np.asarray(entry["eef_pose"], np.float64),
+            gripper=np.asarray(entry["gripper"], np.float64),
+            camera=None if camera is None else Camera.from_dict(camera),
+            simulator_state=None if state is None else np.asarray(state, np.float64),
+            name=entry["name"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{index}: number {number} is no snapshot: {error}") from error
 
 
 def _frozen(array: np.ndarray, dtype: type) -> np.ndarray:

@@ -22,7 +22,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from .action_frames import Camera
-from .arguments import known_options, parse_autoreset_mode, per_slot, require_between, require_snapshot
+from .arguments import (
+    known_options,
+    parse_autoreset_mode,
+    per_slot,
+    require_between,
+    require_snapshot,
+    require_snapshots,
+)
 from .judges.base import Judge, as_judge
 from .judging import ask_judge
 from .observations import make_observation, observation_space
@@ -63,7 +70,7 @@ class ProphetVectorEnv(VectorEnv):
         render_mode: None or "rgb_array" (``render`` returns the current frame of every slot).
 
     Raises:
-        ValueError: an argument is out of range or unknown, or autoreset is asked for without snapshots.
+        ValueError: an argument is out of range or unknown, snapshots are none, or autoreset is asked for without any.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -92,8 +99,7 @@ class ProphetVectorEnv(VectorEnv):
             require_between("num_inference_steps", num_inference_steps, 1, None)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: expected None or 'rgb_array'.")
-        if snapshots is not None and len(snapshots) == 0:
-            raise ValueError("snapshots is empty; expected at least one Snapshot, or None to give them at reset.")
+        require_snapshots(snapshots)
         mode = parse_autoreset_mode(autoreset_mode)
         if snapshots is None and mode is not AutoresetMode.DISABLED:
             raise ValueError(
@@ -103,6 +109,7 @@ class ProphetVectorEnv(VectorEnv):
         self.world_model, self.num_envs, self.horizon = world_model, num_envs, int(horizon)
         self.snapshots, self.judge_every_chunk = snapshots, judge_every_chunk
         self.judge: Judge | None = None if judge is None else as_judge(judge)
+        self._told: set[str] = set()  # failures of the judge that were logged
         self.chunk_length, self.num_inference_steps = chunk_length, num_inference_steps
         self.autoreset_mode, self.render_mode = mode, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": spec.control_hz}
@@ -320,7 +327,7 @@ class ProphetVectorEnv(VectorEnv):
         if not slots:
             return
         rollouts, instructions = [slot.rollout() for slot in slots], [slot.instruction for slot in slots]
-        for slot, verdict in zip(slots, ask_judge(self.judge, rollouts, instructions), strict=True):
+        for slot, verdict in zip(slots, ask_judge(self.judge, rollouts, instructions, self._told), strict=True):
             slot.verdict, slot.terminated = verdict, verdict.success is True
 
     def _observation(self) -> dict[str, np.ndarray]:

@@ -24,6 +24,8 @@ def locate_weights(name: str | Path, assets: Path, marker: str) -> Path:
     Raises:
         ValueError: nothing there; the message says where was looked and suggests the nearest name.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"{name!r} ({type(name).__name__}): expected a folder, a packaged name or a hub id owner/name")
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -37,7 +39,8 @@ def locate_weights(name: str | Path, assets: Path, marker: str) -> Path:
             return fetch_from_hub(str(name))
         except ValueError as error:
             reason += f", and {error}"
-    raise ValueError(f"{str(name)!r}: {reason}.{nearest(name, [*packaged, *siblings])}")
+    whole = [sibling for sibling in siblings if (Path(sibling) / marker).is_file()]
+    raise ValueError(f"{str(name)!r}: {reason}.{nearest(name, [*packaged, *whole])}")
 
 
 def locate_parts(source: str | Path, revision: str | None, parts: tuple[str, ...]) -> Path:

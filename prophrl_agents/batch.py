@@ -55,6 +55,7 @@ class RolloutBatch:
         starts: one per group, B / group_size.
         group_size: members of a group.
         frames: B videos (T + 1, H, W, 3) uint8 with the start image first, T executed commands; empty if not kept.
+        reasons: B strings, why the judge failed or abstained where it said so, else ""; empty if not kept.
         seconds: where the time went, by stage.
     """
 
@@ -73,6 +74,7 @@ class RolloutBatch:
     starts: tuple[Start, ...]
     group_size: int
     frames: tuple[np.ndarray, ...] = ()
+    reasons: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,8 +96,9 @@ class RolloutBatch:
                 f"{len(self.instructions)} instructions, {len(self.starts)} starts of {self.group_size} members; "
                 f"expected {batch} rollouts in all"
             )
-        if self.frames and len(self.frames) != batch:
-            raise ValueError(f"{len(self.frames)} videos; expected {batch}, one per rollout, or none")
+        for what, kept in (("videos", self.frames), ("reasons", self.reasons)):
+            if kept and len(kept) != batch:
+                raise ValueError(f"{len(kept)} {what}; expected {batch}, one per rollout, or none")
 
     def __len__(self) -> int:
         """Number of rollouts B."""

@@ -90,7 +90,7 @@ def record(
     Args:
         out: folder of the data set; episodes already there are kept and skipped.
         policy: folder of the policy.
-        episodes: size of the complete set.
+        episodes: how many, with seeds from the first on.
         seed: seed of the first episode; sets are disjoint when their seed ranges are.
         steps: commands of an episode.
         noisy_share: share of the episodes in which the policy explores as it does while it learns.
@@ -99,7 +99,8 @@ def record(
         env: simulator.
         task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
     """
-    from prophrl_agents.record import record_policy  # needs MuJoCo
+    from prophet_gym.data.record import recorded  # needs MuJoCo
+    from prophrl_agents.record import record_policy
 
     given: dict[str, Any] = {} if task is None else {"task": task}
     made = record_policy(
@@ -114,7 +115,7 @@ def record(
         env_id=env,
         **given,
     )
-    print(f"{made} episodes recorded, {episodes} in {out}")
+    print(recorded(out, made, steps))
 
 
 def info(

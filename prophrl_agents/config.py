@@ -40,7 +40,8 @@ class WorldConfig:
     judge: str | None = None
     """Folder of the judge that rewards imagined rollouts."""
     task: str | None = None
-    """Task of simulators that have several (LIBERO, SimplerEnv): number or name; None draws one for every rollout."""
+    """Task of simulators that have several (LIBERO, SimplerEnv): number or name; None draws one for every rollout.
+    World models have none; their snapshots say what is asked for."""
     image_size: int | None = None
     """Side of the images of these simulators, pixels; by default the policy's."""
 
@@ -168,6 +169,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every setting."""
+        object.__setattr__(self, "run", Path(self.run))
         counts = ("updates", "rollouts_per_update", "mini_batch", "epochs", "micro_batch", "eval_starts", "save_every")
         for name in counts:
             if getattr(self, name) < 1:
@@ -197,6 +199,8 @@ class TrainConfig:
     def _check_batches(self) -> None:
         if isinstance(self.env, str) or not self.env:
             raise ValueError(f"env is {self.env!r}, expected one id or more, such as ('Prophet-Tabletop-v0',)")
+        if isinstance(self.eval_env, str):
+            raise ValueError(f"eval_env is {self.eval_env!r}, expected a tuple of ids: ({self.eval_env!r},)")
         if self.group_size < 2:
             raise ValueError(
                 f"group_size is {self.group_size}, expected at least 2 (default 8): one rollout has nothing to be "

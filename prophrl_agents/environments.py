@@ -8,7 +8,7 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import prophet_gym
-from prophet_gym.registration import WORLDS
+from prophet_gym.registration import WORLDS, find_environment
 from prophet_gym.sims.vector import make_sync_vector_env
 from prophet_gym.simulators import SIMULATORS
 from prophrl_agents.config import WorldConfig
@@ -23,10 +23,10 @@ def make_environment(
 ) -> VectorEnv:
     """Makes ``world.num_envs`` slots that hold still when their episodes end.
 
-    World models get every setting of theirs, simulators ``horizon`` and ``chunk_length``, and ``task`` and
-    ``image_size`` where they have tasks; what is None is left to the registration. Environments of other projects get
-    what is set of ``horizon`` and ``chunk_length``, and run one slot after the other (give the trainer an environment
-    of your own for more).
+    World models get every setting of theirs, simulators ``horizon``, ``chunk_length``, ``task`` and ``image_size``, of
+    which those without tasks refuse the last two; what is None is left to the registration. Environments of other
+    projects get what is set of ``horizon`` and ``chunk_length``, and run one slot after the other (give the trainer an
+    environment of your own for more).
 
     Args:
         env_id: registered with Gymnasium, ``module:id`` imports the module first.
@@ -38,10 +38,7 @@ def make_environment(
     Raises:
         ValueError: unknown id, settings that the environment does not take, or what it refuses.
     """
-    try:
-        spec = gym.spec(env_id)
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        raise ValueError(f"no environment {env_id!r}: {error} Use 'module:id' for one of your own") from error
+    spec = find_environment(env_id)
     ours = spec.id in WORLDS or spec.id in SIMULATORS
     options: dict[str, Any] = {"horizon": world.horizon, "chunk_length": world.chunk_length}
     if ours:
@@ -49,8 +46,9 @@ def make_environment(
     if spec.id in WORLDS:
         names = ("num_inference_steps", "dtype", "checkpoint", "judge")
         options |= {name: getattr(world, name) for name in names} | {"device": device}
-    elif ours and SIMULATORS[spec.id].has_tasks:
-        options |= {"task": world.task, "image_size": image_size if world.image_size is None else world.image_size}
+    elif ours:
+        seen = image_size if world.image_size is None and SIMULATORS[spec.id].has_tasks else world.image_size
+        options |= {"task": world.task, "image_size": seen}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         if not ours and spec.entry_point is not None:
@@ -60,3 +58,10 @@ def make_environment(
         return gym.make_vec(spec, world.num_envs, vectorization_mode="vector_entry_point", **options)
     except TypeError as error:
         raise ValueError(f"{env_id!r} does not take the settings {options} ({error}); leave them out") from error
+    except ValueError as error:
+        if world.chunk_length is None and str(error).startswith(f"chunk_length={chunk_length}:"):
+            raise ValueError(
+                f"the policy's chunks have {chunk_length} commands, too many for {env_id!r} ({error}) Use a policy "
+                "with shorter chunks, or a world model with longer ones"
+            ) from error
+        raise

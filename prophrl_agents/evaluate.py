@@ -191,7 +191,8 @@ def evaluate_policy(
         progress: show a bar with the remaining time.
 
     Raises:
-        ValueError: the same start twice, ``num_noise_seeds`` below 1, or what ``collect_groups`` refuses.
+        ValueError: the same start twice, a noise seed below 0, ``num_noise_seeds`` below 1, or what ``collect_groups``
+            refuses.
     """
     ids = [_start_id(start) for start in starts]
     if len(set(ids)) < len(ids):
@@ -201,6 +202,8 @@ def evaluate_policy(
         )
     if num_noise_seeds < 1:
         raise ValueError(f"num_noise_seeds is {num_noise_seeds}, expected at least 1")
+    if noise_seed < 0:
+        raise ValueError(f"noise_seed is {noise_seed}, expected at least 0")
     noise_seeds = range(noise_seed, noise_seed + num_noise_seeds)
     batches = [
         collect_groups(

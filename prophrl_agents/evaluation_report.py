@@ -19,9 +19,12 @@ import tyro
 from gymnasium.vector import VectorEnv
 
 from prophet_gym.data.video import write_video
+from prophet_gym.registration import find_environment
 from prophet_gym.simulators import SIMULATORS
 from prophet_gym.strict_json import to_json
 from prophrl_agents.batch import Start
+from prophrl_agents.config import WorldConfig
+from prophrl_agents.environments import make_environment
 from prophrl_agents.evaluate import Comparison, Evaluation, agreement, compare, evaluate_policy, evaluate_starts
 from prophrl_agents.policies.base import SampleMode
 from prophrl_agents.policies.small import SmallFlowPolicy
@@ -71,37 +74,35 @@ class EvalConfig:
         """Checks that there is something to do."""
         if self.env is None and self.simulator is None:
             raise ValueError("env and simulator are both None; expected at least one place to evaluate in")
-        if self.num_envs < 1:
-            raise ValueError(f"num_envs is {self.num_envs}, expected at least 1")
+        for name, least in (("num_envs", 1), ("num_noise_seeds", 1), ("noise_seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
 
 def run_eval(config: EvalConfig) -> str:
     """Evaluates, writes the results to ``config.out`` and returns the table.
 
     Raises:
-        ValueError: a folder without a policy, a simulator without snapshots, or what the environments refuse.
+        ValueError: a folder without a policy, an unknown environment, a simulator without snapshots, or what the
+            environments refuse.
     """
+    for env_id in (config.env, config.simulator):
+        if env_id is not None:
+            find_environment(env_id)
     folders = {"policy": config.policy} | ({} if config.against is None else {"against": config.against})
     policies = {name: SmallFlowPolicy.from_pretrained(path, device=config.device) for name, path in folders.items()}
     starts = evaluate_starts(config.n, config.seed)
     if config.simulator is not None:
-        starts = simulator_starts(config.simulator, starts, **_options(config.simulator, config, policies["policy"]))
+        starts = simulator_starts(config.simulator, starts, **_options(config, policies["policy"]))
     chunk_length = max(policy.chunk_length for policy in policies.values())
     config.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Evaluation]] = {name: {} for name in policies}
     for place, env_id in (("world", config.env), ("simulator", config.simulator)):
         if env_id is None:
             continue
-        device: dict[str, Any] = {"device": config.device} if place == "world" else {}
-        env = gym.make_vec(
-            env_id,
-            num_envs=min(config.num_envs, config.n),
-            vectorization_mode="vector_entry_point",
-            autoreset_mode="Disabled",
-            chunk_length=chunk_length,
-            **device,
-            **_options(env_id, config, policies["policy"]),
-        )
+        world = WorldConfig(num_envs=min(config.num_envs, config.n), horizon=config.horizon, task=config.task)
+        size = policies["policy"].config.image_size
+        env = make_environment(env_id, world, chunk_length=chunk_length, image_size=size, device=config.device)
         for name, policy in policies.items():
             results[name][place] = _evaluate(policy, env, starts, config, config.out / f"{name}_{place}.mp4")
         env.close()
@@ -130,9 +131,13 @@ def simulator_starts(simulator: str, starts: Sequence[Start], **options: Any) ->
     """Returns the starts with the snapshots that a simulator, made with these options, gives at their seeds.
 
     Raises:
-        ValueError: the simulator has no ``snapshot(name)``.
+        ValueError: an unknown simulator, one that does not take these options, or one without ``snapshot(name)``.
     """
-    env: Any = gym.make(simulator, **options)
+    find_environment(simulator)
+    try:
+        env: Any = gym.make(simulator, **options)
+    except TypeError as error:
+        raise ValueError(f"{simulator!r} does not take the settings {options} ({error}); leave them out") from error
     if not hasattr(env.unwrapped, "snapshot"):
         raise ValueError(
             f"simulator {simulator!r} has no snapshot(name) to start a world model from; give None instead"
@@ -223,11 +228,12 @@ def _evaluate(
     return dataclasses.replace(evaluation, frames=())
 
 
-def _options(env_id: str, config: EvalConfig, policy: SmallFlowPolicy) -> dict[str, Any]:
-    """Settings of one environment; a simulator with tasks shows images of the policy's size."""
+def _options(config: EvalConfig, policy: SmallFlowPolicy) -> dict[str, Any]:
+    """Settings of the simulator; one with tasks shows images of the policy's size."""
     options: dict[str, Any] = {"horizon": config.horizon}
-    if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
-        options |= {"task": config.task, "image_size": policy.config.image_size}
+    if config.simulator in SIMULATORS:
+        size = policy.config.image_size if SIMULATORS[config.simulator].has_tasks else None
+        options |= {"task": config.task, "image_size": size}
     return {name: value for name, value in options.items() if value is not None}
 
 

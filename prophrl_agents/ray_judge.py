@@ -87,10 +87,10 @@ class _JudgeWorker:
     """The actor of :class:`RayJudge`."""
 
     def __init__(self, judge: Any) -> None:
-        self.judge_here = judge
+        self.judge_here, self.told = judge, set[str]()
 
     def judge(self, frames: list[np.ndarray], instructions: list[str]) -> list[Verdict]:
-        return ask_judge(self.judge_here, frames, instructions)
+        return ask_judge(self.judge_here, frames, instructions, self.told)
 
     def close(self) -> None:
         pass

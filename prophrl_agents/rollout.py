@@ -28,6 +28,7 @@ from prophet_gym.sims.vector import HoldingSyncVectorEnv, without_frames
 from prophet_gym.vector_env import ProphetVectorEnv
 from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.policies.base import FlowPolicy, FlowSample, SampleMode
+from prophrl_agents.policies.small import SmallFlowPolicy
 
 __all__ = ["check_compatible", "collect_groups", "member_generator"]
 
@@ -111,7 +112,7 @@ def check_compatible(env: VectorEnv, policy: FlowPolicy) -> None:
 
     Raises:
         ValueError: not a vector environment, actions that are no chunks, observations without image and state, or
-            another number of dimensions or a longer chunk in the policy.
+            another number of dimensions, a longer chunk, or images or states of another size in the policy.
     """
     if not isinstance(env, VectorEnv):
         raise ValueError(f"env is a {type(env).__name__}, expected a gymnasium.vector.VectorEnv: use gym.make_vec(...)")
@@ -133,7 +134,7 @@ def check_compatible(env: VectorEnv, policy: FlowPolicy) -> None:
             f"the policy's chunks have {policy.chunk_length} commands, the environment takes at most {longest}; make "
             f"it with chunk_length={policy.chunk_length} if its model allows, or use a policy with shorter chunks"
         )
-    parts: dict[str, Any] = dict(observations.spaces) if isinstance(observations, Dict) else {}
+    parts: Any = dict(observations.spaces) if isinstance(observations, Dict) else {}
     image, state = parts.get("image"), parts.get("state")
     is_image = isinstance(image, Box) and image.dtype == np.uint8 and len(image.shape) == 3 and image.shape[2] == 3
     if not is_image or not isinstance(state, Box) or len(state.shape) != 1:
@@ -141,6 +142,16 @@ def check_compatible(env: VectorEnv, policy: FlowPolicy) -> None:
             f"the observations of the environment are {observations}, expected Dict(image: uint8 (H, W, 3), "
             "state: (P,)); wrap it so that reset and step return these two"
         )
+    if isinstance(policy, SmallFlowPolicy):  # others may resize what they see themselves
+        (height, width), size, numbers = image.shape[:2], policy.config.image_size, policy.config.state_dim
+        if (height, width, *state.shape) != (size, size, numbers):
+            other_size = (height, width) != (size, size)
+            fix = f"make it with image_size={size} (world models: ({size}, {size})), or " if other_size else ""
+            raise ValueError(
+                f"the policy sees images of {size}x{size} pixels and states of {numbers} numbers, the environment "
+                f"shows {height}x{width} and {state.shape[0]}; expected equal: {fix}"
+                "use a policy trained for this environment"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +184,7 @@ class _Collection:
         size = len(self.starts) * self.group_size
         self.rewards = np.zeros(size, np.float64)
         self.success, self.valid = np.zeros(size, bool), np.ones(size, bool)
-        self.scores = np.full(size, np.nan)
+        self.scores, self.reasons = np.full(size, np.nan), [""] * size
         self.instructions = [""] * size
         self.frames: list[list[np.ndarray]] = [[] for _ in range(size)]
         self.initial: dict[int, tuple[np.ndarray, np.ndarray, str]] = {}
@@ -254,6 +265,7 @@ class _Collection:
             starts=self.starts,
             group_size=self.group_size,
             frames=tuple(np.concatenate(parts) for parts in self.frames) if self.keep_frames else (),
+            reasons=tuple(self.reasons),
             seconds={**self.seconds, "total": time.perf_counter() - began},
         )
 
@@ -310,6 +322,7 @@ class _Collection:
         self.valid[b] = True if valid is None else bool(valid)
         self.success[b] = self.valid[b] and bool(rewarded if success is None else success)
         self.scores[b] = getattr(verdict, "score", np.nan)
+        self.reasons[b] = "" if self.valid[b] else str(getattr(verdict, "reason", ""))
 
     def _generator(self, b: int) -> torch.Generator:
         return member_generator(self.noise_seed, self.starts[b // self.group_size].seed, b % self.group_size)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.tracking import TensorBoardTracker
 
 from prophet_gym.data.video import write_video
 from prophet_gym.strict_json import to_json
-from prophet_gym.training.loop import atomic_save, forget_after, prepare_run
+from prophet_gym.training.loop import atomic_save, forget_after, load_checkpoint, prepare_run
 from prophrl_agents.batch import RolloutBatch
 from prophrl_agents.config import TrainConfig
 from prophrl_agents.gradients import processes
@@ -58,7 +57,8 @@ class RunFolder:
         """Prepares the folder; returns the checkpoint to go on from, None for a new run.
 
         Raises:
-            ValueError: it holds a run and ``resume`` is off, it holds another run, or there is nothing to resume.
+            ValueError: it holds a run and ``resume`` is off, it holds another run or something else, its checkpoint is
+                damaged, or there is nothing to resume.
         """
         if self.processes.is_main_process:
             settings = {name: value for name, value in asdict(config).items() if name != "resume"}
@@ -66,7 +66,7 @@ class RunFolder:
         self.processes.wait_for_everyone()
         self.tensorboard.start()
         last = self.checkpoints / "last.pt"
-        state = torch.load(last, weights_only=True, map_location="cpu") if config.resume and last.exists() else None
+        state = load_checkpoint(last) if config.resume and last.exists() else None
         if self.processes.is_main_process and self.metrics.exists():
             text = self.metrics.read_bytes()
             self.metrics.write_bytes(text[: text.rfind(b"\n") + 1])  # a killed run may leave half a line
@@ -101,8 +101,12 @@ class RunFolder:
             atomic_save(state, self._best_path(update))
 
     def load_best(self, update: int) -> dict[str, Any]:
-        """Returns what :meth:`save_best` wrote."""
-        return torch.load(self._best_path(update), weights_only=True, map_location="cpu")
+        """Returns what :meth:`save_best` wrote.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        return load_checkpoint(self._best_path(update))
 
     def save_videos(self, batch: RolloutBatch, update: int, fps: float) -> None:
         """Writes the rollouts of the highest and the lowest reward, ties broken by the judge's score."""

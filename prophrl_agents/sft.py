@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from torch import Tensor
 from prophet_gym.atomic import atomic_folder
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.strict_json import to_json
-from prophet_gym.training.loop import prepare_run, train_loop
+from prophet_gym.training.loop import load_checkpoint, prepare_run, train_loop
 from prophet_gym.words import encode_instruction, split_words
 from prophrl_agents.augment import augment_images
 from prophrl_agents.batch import Start
@@ -60,12 +59,13 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
         The saved policy, on the CPU.
 
     Raises:
-        ValueError: no or unfit episodes (see ``read_demonstrations``), or an existing run without ``resume``.
+        ValueError: no or unfit episodes (see ``read_demonstrations``), a folder that holds a run (without ``resume``)
+            or something else, or a damaged checkpoint.
         FloatingPointError: the loss is not finite; the last checkpoint stays.
     """
     if not isinstance(config.data, tuple | list) or not config.data:
         raise ValueError(f"data={config.data!r}; expected a tuple with one or more folders of episodes")
-    began, run = time.monotonic(), Path(config.run)
+    run = Path(config.run)
     prepare_run(run, {key: value for key, value in asdict(config).items() if key != "resume"}, config.resume)
     folders = [EpisodeFolder(folder, camera_name=config.camera_name) for folder in config.data]
     demonstrations = read_demonstrations(
@@ -90,17 +90,16 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
 
     env = _simulators(config, policy.config.image_size) if config.eval_episodes else None
     starts = evaluate_starts(config.eval_episodes, _START_SET) if config.eval_episodes else []
-    metrics: dict[str, float] = {}
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        metrics.clear()
+        metrics: dict[str, float] = {}
         if len(held_out):
             metrics["validation_loss"] = validation_loss(model, demonstrations, held_out, config)
         if env is not None:
             result = evaluate_policy(model, env, starts)
             low, high = result.interval
             metrics.update(success_rate=result.success_rate, success_low=low, success_high=high)
-        return dict(metrics)
+        return metrics
 
     try:
         if env is not None:
@@ -112,7 +111,10 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
         accelerator.end_training()
         if env is not None:
             env.close()
-    record = _record(config, demonstrations, policy, metrics, time.monotonic() - began)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])  # the evaluation at the end
+    metrics = {name: value for name, value in last.items() if name != "step"}
+    seconds = load_checkpoint(run / "checkpoints" / "last.pt").get("seconds", 0.0)
+    record = _record(config, demonstrations, policy, metrics, seconds)
     with atomic_folder(run / "policy", overwrite=True) as folder:
         policy.save_pretrained(folder)
         (folder / RECORD_FILE).write_text(to_json(record))

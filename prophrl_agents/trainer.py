@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -136,14 +137,16 @@ class GRPOTrainer:
             self.snapshots = SnapshotSet(found) if found else None
         self.folder = RunFolder(config.run)
         self.progress = _Progress()
+        self._unjudged = 0  # updates in a row without a verdict
 
     def train(self) -> TrainResult:
         """Runs all updates, or goes on from the last checkpoint, and writes ``config.run``.
 
-        Interrupted at any moment it can be resumed from the last checkpoint.
+        Interrupted at any moment, or ended by an error, it can be resumed from the last checkpoint.
 
         Raises:
-            ValueError: the run folder holds another run, or rollouts cannot be collected.
+            ValueError: the run folder holds another run, or rollouts cannot be collected; or no rollout was judged in
+                the first update, in two in a row, or in any evaluation so far.
             FloatingPointError: a loss or gradient is not finite; its mini-batch and the last checkpoint are saved.
         """
         try:
@@ -195,6 +198,10 @@ class GRPOTrainer:
     def _one_update(self) -> dict[str, Any]:
         config, progress, update = self.config, self.progress, self.progress.update
         batch, line = self._collect(update)
+        (judged,) = sum_over_processes([float(batch.valid.sum())])
+        self._unjudged = 0 if judged else self._unjudged + 1  # a small update may abstain as a whole by chance
+        if self._unjudged > 1 or (self._unjudged and update == 0):
+            raise ValueError(_no_verdict(f"update {update}", batch))
         report = self._govern(batch, update)
         if report is not None:
             line["governor"] = report.to_dict()
@@ -264,6 +271,10 @@ class GRPOTrainer:
             evaluation = evaluate_policy(self.learner.policy, env, mine)
             hits, count = hits + float(evaluation.success.sum()), count + float(evaluation.valid.sum())
         hits, count = sum_over_processes([hits, count])
+        if not count and progress.best_evaluation is None:
+            policy, envs = self.learner.policy, self.eval_envs if mine else ()
+            again = [collect_groups(env, policy, mine[:1], 1, noise_seed=0, mode="ode") for env in envs]  # why not?
+            raise ValueError(_no_verdict(f"evaluation after {progress.update} updates", *again))
         rate = hits / count if count else math.nan
         low, high = wilson_interval(int(hits), int(count))
         if progress.first_evaluation is None:
@@ -307,7 +318,7 @@ class GRPOTrainer:
 
     def _environments(self, given: VectorEnv | Sequence[VectorEnv] | None, ids: Sequence[str]) -> list[VectorEnv]:
         if given is not None:
-            return [given] if isinstance(given, VectorEnv) else list(given)
+            return list(given) if isinstance(given, Sequence) else [given]
         make = self._make_environment(str(self.processes.device))
         made = [make(name) for name in ids]
         self._own += made
@@ -338,6 +349,8 @@ class GRPOTrainer:
 
     def _check_division(self) -> None:
         config, processes = self.config, self.processes.num_processes
+        if not self.envs:
+            raise ValueError("env is empty; expected one environment or several")
         unit = config.group_size * len(self.envs) * processes
         if config.rollouts_per_update % unit or config.mini_batch % (config.group_size * processes):
             raise ValueError(
@@ -345,6 +358,17 @@ class GRPOTrainer:
                 f"into groups of {config.group_size} for {len(self.envs)} environments and {processes} processes; "
                 f"expected multiples of {unit} and {config.group_size * processes}"
             )
+
+
+def _no_verdict(what: str, *batches: RolloutBatch) -> str:
+    """What to say where no rollout was judged; ``batches`` hold some of them."""
+    reasons = Counter(reason for batch in batches for reason in batch.reasons if reason)
+    said = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
+    return (
+        f"{what}: no rollout was judged{said}, so nothing can be learned; expected verdicts. Give the environment a "
+        "judge that answers (judge=..., --world.judge FOLDER; prophet_gym.check_judge tries it). The last checkpoint "
+        "is kept: resume=True goes on from there"
+    )
 
 
 def run_train(config: TrainConfig) -> str:

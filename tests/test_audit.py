@@ -14,6 +14,7 @@ from html import escape
 import numpy as np
 import pytest
 from PIL import Image
+from squares import square_episode
 
 from prophet_gym.action_frames import project
 from prophet_gym.actions import integrate_poses
@@ -195,6 +196,12 @@ def test_what_differs_in_a_set_is_listed(tabletop):
     assert not said(audit(tabletop), "clipped commands")
     with pytest.raises(ValueError, match="none of 1 episodes can be audited. The first: .*24 images"):
         audit([missing_frame(tabletop[0])])
+
+
+@pytest.mark.parametrize(("count", "limit", "found"), [(1, 0, 0), (1, -1, -1), (0, None, 0)])
+def test_nothing_to_audit(count, limit, found):
+    with pytest.raises(ValueError, match=f"{found} episodes to audit; expected at least 1"):
+        audit([square_episode(0)][:count], limit=limit)
 
 
 @pytest.mark.render

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prophet_gym import Verdict, check_judge
 from prophet_gym.judges import (
@@ -117,6 +118,16 @@ class BareBool(Sound):
         return redness(frames, instruction) > 0.5
 
 
+class AnswersNothing(Sound):
+    def answer(self, frames: np.ndarray, instruction: str) -> None:
+        pass
+
+
+class TakesFramesAlone(Sound):
+    def __call__(self, frames: np.ndarray) -> Any:  # type: ignore[override]
+        return Verdict(True, 1.0)
+
+
 class RawLogit(Sound):
     def answer(self, frames: np.ndarray, instruction: str) -> Verdict:
         verdict = Verdict(True, 1.0)
@@ -190,6 +201,8 @@ class BatchTakesAnything(Sound):
         (WritesIntoFrames, "changed the frames.*work in place"),
         (BatchWritesIntoFrames, "judge_batch changed the frames"),
         (BareBool, r"\(bool\), expected a Verdict"),
+        (AnswersNothing, "is None.*expected a Verdict.*without return"),
+        (TakesFramesAlone, r"called as judge\(frames, instruction\), but takes \(frames"),
         (RawLogit, r"score=3.2.*built around its checks"),
         (DecidesAndAbstains, "success=False.*valid=False.*an abstention that decides"),
         (NumpyVotes, "cannot be written as JSON.*numpy values in votes"),
@@ -211,6 +224,12 @@ def test_a_broken_judge_is_named(fault: type[Sound], message: str) -> None:
 def test_a_broken_function_is_named() -> None:
     with pytest.raises(AssertionError, match=r"answered 3\.5.*expected a Verdict, a bool or a float"):
         check_judge(lambda frames, instruction: 3.5)
+    for answer in (None, "yes", 2, torch.tensor(True)):
+        with pytest.raises(AssertionError, match=r"answered .*Likely cause: a path .*without return.*\.item\(\)"):
+            check_judge(lambda frames, instruction, answer=answer: answer)
+    for judge in (lambda frames: True, lambda frames, instruction, threshold: True):
+        with pytest.raises(AssertionError, match="but takes .*an argument left out or too many"):
+            check_judge(judge)
     sampling = np.random.default_rng(0)
     with pytest.raises(AssertionError, match="random numbers without a seed"):
         check_judge(FunctionJudge(lambda frames, instruction: sampling.random()))

@@ -279,8 +279,11 @@ def test_attributes_survive_gymnasium(tiny_checkpoint: Path, options: dict[str, 
     lerobot = gymnasium.make_vec(ID, num_envs=2, interface="lerobot", **given)
     lerobot.reset(seed=0)
     assert len(lerobot.call("task")) == 2
-    with pytest.raises(ValueError, match="interface='simpler' does not exist here"):
+    with pytest.raises(ValueError, match=r"'simpler' has no batches.*takes \['chunk', 'flat', 'lerobot'\]") as error:
         gymnasium.make_vec(ID, interface="simpler", **given)
+    assert "maniskill" not in str(error.value)
+    with pytest.raises(ValueError, match=r"or prophet_gym.compat.maniskill.make\(..., num_envs=...\)"):
+        gymnasium.make_vec(ID, interface="maniskill", **given)
     with pytest.raises(ValueError, match="takes whole chunks"):
         gymnasium.make(ID, action_buffer="chunk", **given)
 

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from prophet_gym.compat.check import check_environment
 from prophet_gym.compat.conformance import PROBES, Rule, conformance, format_conformance
 from prophet_gym.compat.libero import HORIZON as LIBERO_HORIZON
 
@@ -248,3 +249,16 @@ def test_bad_arguments_are_refused() -> None:
         conformance(None, "simplar")
     with pytest.raises(ValueError, match="horizon=0; expected at least 1"):
         conformance(None, "simpler", horizon=0)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Nope-v0", "no environment 'Nope-v0'"),
+        ("Nope v0", "no environment 'Nope v0'"),
+        ("CartPole-v1", "'CartPole-v1' is none of our worlds.*check_world_env"),
+    ],
+)
+def test_ids_that_are_no_worlds_are_refused(env_id: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_environment(env_id)

@@ -59,9 +59,15 @@ def test_recording_plays_what_an_evaluation_plays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"noisy_share": 2.0}, "share from 0 to 1"), ({"steps": 0}, "steps=0"), ({}, "episodes=0")]
+    ("options", "message"),
+    [
+        ({"noisy_share": 2.0}, "share from 0 to 1"),
+        ({"steps": 0}, "steps=0"),
+        ({}, "episodes=0"),
+        ({"task": "3"}, "Tabletop-v0 has no task"),
+    ],
 )
-def test_recording_refuses_bad_counts(tmp_path, options, message):
+def test_recording_refuses_what_cannot_work(tmp_path, options, message):
     from prophrl_agents.record import record_policy
 
     with pytest.raises(ValueError, match=message):

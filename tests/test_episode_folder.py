@@ -101,6 +101,10 @@ def test_writing_is_atomic_and_refuses_to_overwrite(tmp_path):
     write_episode(tmp_path / "a", make_episode(4), overwrite=True)
     assert len(read_episode(tmp_path / "a")) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="also holds notes.txt"):
+        write_episode(tmp_path / "a", make_episode(5), overwrite=True)
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine" and len(read_episode(tmp_path / "a")) == 4
 
 
 def test_lossy_video_is_close_and_even(tmp_path):

@@ -149,3 +149,7 @@ def test_writing_is_all_or_nothing(tmp_path):
         write_lerobot(tmp_path / "set", [good])
     write_lerobot(tmp_path / "set", [good, good], overwrite=True)
     assert len(open_dataset(tmp_path / "set")) == 2
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="also holds notes.txt"):
+        write_lerobot(tmp_path / "set", [good], overwrite=True)
+    assert len(open_dataset(tmp_path / "set")) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -251,6 +252,34 @@ def test_a_world_without_a_simulator_starts_from_its_own_snapshots(tmp_path: Pat
         EvalConfig(tmp_path, env=None, simulator=None)
     with pytest.raises(ValueError, match="neither a folder nor a packaged name"):
         run_eval(EvalConfig(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="noise_seed is -1, expected at least 0"):
+        EvalConfig(tmp_path, noise_seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"simulator": "Nope-v0"}, "no environment 'Nope-v0'"),
+        ({"env": "Nope-v0"}, "no environment 'Nope-v0'"),
+        ({"env": "CartPole-v1", "simulator": None}, "actions of the environment are Discrete.*expected chunks"),
+        ({"simulator": "CartPole-v1"}, "has no snapshot"),
+        ({"simulator": "CartPole-v1", "horizon": 5}, "'CartPole-v1' does not take the settings {'horizon': 5}"),
+        ({"task": "3"}, "Tabletop-v0 has no task"),
+        ({"device": "gpu"}, "device='gpu'"),
+    ],
+)
+def test_evaluations_that_cannot_be_made_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = EvalConfig(Path("tabletop-sft"), n=1, num_envs=1, out=tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        run_eval(dataclasses.replace(config, **changes))
+
+
+def test_a_policy_with_long_chunks_is_named_with_the_world(tmp_path: Path) -> None:
+    policy = make_policy()
+    config = dataclasses.replace(policy.config, chunk_length=25)
+    SmallFlowPolicy(config, policy.normalizer.statistics()).save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="policy's chunks have 25 commands, too many for 'Prophet-Tabletop-v0'"):
+        run_eval(EvalConfig(tmp_path / "policy", simulator=None, n=1, out=tmp_path / "out"))
 
 
 def test_the_grid_frames_outcomes_in_colours(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_judge_and_snapshots_by_path_or_object(tiny_checkpoint: Path, tmp_path: 
         gym.make(ID, checkpoint=str(tiny_checkpoint), judge=str(tmp_path / "judge"))
 
 
+def test_one_snapshot_is_given_in_a_list(tiny_checkpoint: Path) -> None:
+    snapshot = prophet_gym.SnapshotSet.load(tiny_checkpoint / "snapshots")[0]
+    for env_id, options in ((ID, {"checkpoint": str(tiny_checkpoint)}), ("Tabletop-v0", {})):
+        with pytest.raises(ValueError, match=r"^snapshots is a Snapshot; expected .*: give \[snapshot\]\.$"):
+            gym.make(env_id, snapshots=snapshot, **options)
+
+
 def test_a_checkpoint_without_snapshots_needs_them_at_reset(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("snapshots"))
@@ -104,6 +111,7 @@ def test_unknown_names_suggest_the_nearest(
         find_world("Prophet-Brigde-v0")
     with pytest.raises(gym.error.NameNotFound, match="Did you mean: `Prophet-Bridge`"):
         gym.make("Prophet-Brigde-v0")
+    (tiny_checkpoint.parent / "tinnys").mkdir()  # nearer, but no checkpoint
     wrong = tiny_checkpoint.parent / "tinny"
     with pytest.raises(MissingCheckpointError, match=f"No checkpoint .*Did you mean '{tiny_checkpoint}'"):
         gym.make(ID, checkpoint=str(wrong))
@@ -115,6 +123,8 @@ def test_unknown_names_suggest_the_nearest(
 def test_foreign_checkpoints_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no prophet.json"):
         gym.make(ID, checkpoint=str(tmp_path))
+    with pytest.raises(MissingCheckpointError, match=r"5 \(int\): expected a folder, a packaged name or a hub id"):
+        gym.make(ID, checkpoint=5)
     with pytest.raises(ValueError, match="'libero' actions.*gripper='open_ratio'.*'close_positive'"):
         gym.make("Prophet-LiberoGoal-v0", checkpoint=str(tiny_checkpoint))
 
@@ -125,6 +135,15 @@ def test_foreign_checkpoints_are_refused(tiny_checkpoint: Path, tmp_path: Path) 
         ({"interface": "flaat"}, "interface='flaat': expected one of .*Did you mean 'flat'"),
         ({"dtype": "float23"}, "Did you mean 'float32'"),
         ({"chunk_length": 21}, "from 1 to 20"),
+        ({"device": "gpu"}, r"^device='gpu': expected a device of torch, such as 'cpu', 'cuda'[^,]* or 'cuda:1'$"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used here .*expected 'cpu'"),
+        ({"image_size": 64}, "image_size=64: expected height and width"),
+        ({"image_size": (64.5, 64)}, "image_size=.*expected"),
+        ({"snapshots": ["a"]}, r"snapshots\[0\] is a str"),
+        ({"snapshots": np.zeros((48, 48, 3), np.uint8)}, "snapshots is a ndarray; expected a SnapshotSet"),
+        ({"snapshots": 5}, "snapshots is a int"),
+        ({"snapshots": iter(())}, "snapshots is a tuple_iterator"),
+        ({"snapshots": []}, "snapshots is empty"),
     ],
 )
 def test_bad_keywords(tiny_checkpoint: Path, options: dict, message: str) -> None:

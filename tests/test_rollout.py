@@ -348,6 +348,11 @@ def test_bad_input_is_named(world: ProphetVectorEnv, policy: SmallFlowPolicy, st
             {"who": make_policy(chunk_length=9)},
             "chunks have 9 commands, the environment takes at most 8.*chunk_length=9",
         ),
+        (
+            {"who": make_policy(image_size=48)},
+            r"sees images of 48x48 .*shows 64x64 and 8; .*make it with image_size=48 \(world models: \(48, 48\)\)",
+        ),
+        ({"env": corridors(1), "who": walker(image_size=8)}, "8x8 pixels .*shows 16x16"),
         ({"who": walker()}, "commands have 2 numbers, the environment's 7"),
         (
             {"env": FlatVectorEnv(corridors(1)), "who": walker()},

@@ -137,6 +137,16 @@ def test_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
     assert not torch.equal(weights(other.run)["head.inputs.weight"], whole["head.inputs.weight"])
 
 
+def test_a_finished_run_that_resumes_keeps_its_record(config):
+    train_sft(config)
+    path, metrics = config.run / "policy" / "training.json", config.run / "metrics.jsonl"
+    record, lines = json.loads(path.read_text()), metrics.read_text()
+    assert record["seconds"] > 0 and "validation_loss" in record["metrics"]
+    run_sft(dataclasses.replace(config, resume=True))
+    again = json.loads(path.read_text())
+    assert {**again, "config": {**again["config"], "resume": False}} == record and metrics.read_text() == lines
+
+
 def test_saved_policy_is_the_averaged_one_and_acts_the_same(config):
     policy = train_sft(config)
     averaged = torch.load(config.run / "checkpoints" / "last.pt", weights_only=True)["ema"]["shadow_params"]

@@ -355,12 +355,20 @@ def test_paths_statistics_and_samples_are_checked(policy):
         ({"image_size": 20}, "multiple of 8"),
         ({"chunk_length": 0}, "chunk_length is 0"),
         ({"vocabulary": ()}, "at least one word"),
+        ({"vocabulary": None}, "vocabulary is None, expected a tuple or list of words"),
+        ({"vocabulary": "push"}, "vocabulary is 'push'"),
         ({"noise_level": -0.5}, "noise_level is -0.5"),
     ],
 )
 def test_config_is_checked(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device='{device}'.*expected"):
+            SmallFlowPolicy.from_pretrained("tabletop-sft", device=device)
 
 
 def test_command_info_prints_schedule_and_refuses_nonsense(capsys, monkeypatch):

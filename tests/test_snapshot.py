@@ -141,12 +141,80 @@ def test_foreign_and_damaged_folders_are_named(tmp_path):
     index.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="entry with keys"):
         SnapshotSet.load(folder)
+    index.write_text(json.dumps({**content, "snapshots": []}), encoding="utf-8")
+    with pytest.raises(ValueError, match="set.snapshots.json lists no snapshots"):
+        SnapshotSet.load(folder)
     index.write_text('{"format": "other"}', encoding="utf-8")
     with pytest.raises(ValueError, match="format 'other'; expected"):
         SnapshotSet.load(folder)
     index.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="not valid JSON"):
         SnapshotSet.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "number 1 is None; expected an entry with keys"),
+        ({"eef_pose": "x"}, "number 1 is no snapshot: could not convert string to float"),
+        ({"gripper": {}}, "number 1 is no snapshot: "),
+        ({"camera": 3}, "number 1 is no snapshot: "),
+        ({"camera": {"K": 1}}, "number 1 is no snapshot: camera has keys"),
+        ({"image": 7}, "7 is missing or damaged"),
+    ],
+)
+def test_damaged_entries_are_named(tmp_path, changes, message):
+    SnapshotSet([make_snapshot(0), make_snapshot(1)]).save(tmp_path / "set")
+    index = tmp_path / "set" / "snapshots.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["snapshots"][1] = None if changes is None else {**content["snapshots"][1], **changes}
+    index.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as stopped:
+        SnapshotSet.load(tmp_path / "set")
+    assert str(tmp_path / "set") in str(stopped.value)
+
+
+def test_paths_that_are_no_folder_are_told(tmp_path):
+    SnapshotSet([make_snapshot()]).save(tmp_path / "set")
+    with pytest.raises(ValueError, match="nope is no folder; expected a folder written by SnapshotSet.save"):
+        SnapshotSet.load(tmp_path / "nope")
+    with pytest.raises(ValueError, match=r"snapshots.json is a file; give its folder, .*set;"):
+        SnapshotSet.load(tmp_path / "set" / "snapshots.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("thesis.txt", "set also holds thesis.txt, which replacing it would delete"),
+        ("photo.png", "also holds photo.png"),
+    ],
+)
+def test_a_folder_with_other_things_is_not_replaced(tmp_path, name, message):
+    SnapshotSet([make_snapshot()]).save(tmp_path / "set")
+    (tmp_path / "set" / name).write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        SnapshotSet([make_snapshot(2)]).save(tmp_path / "set", overwrite=True)
+    assert (tmp_path / "set" / name).read_text() == "mine" and SnapshotSet.load(tmp_path / "set")[0].name == "start_0"
+    (tmp_path / "set" / "snapshots.json").unlink()
+    with pytest.raises(ValueError, match=r"set holds no snapshots.json: it is something else"):
+        SnapshotSet([make_snapshot(2)]).save(tmp_path / "set", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    SnapshotSet([make_snapshot(2)]).save(tmp_path / "empty", overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is a file; expected a folder to replace"):
+        SnapshotSet([make_snapshot(2)]).save(tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_writer_in_between_is_not_overrun(tmp_path):
+    with (
+        pytest.raises(ValueError, match="also holds thesis.txt"),
+        atomic_folder(tmp_path / "set", overwrite=True, contents=("index", "*.png")),
+    ):
+        (tmp_path / "set").mkdir()
+        for name in ("index", "thesis.txt"):
+            (tmp_path / "set" / name).touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["index", "set", "thesis.txt"]
 
 
 def test_atomic_folder_leaves_nothing_when_it_fails(tmp_path):

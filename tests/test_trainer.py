@@ -13,7 +13,9 @@ import safetensors
 import torch
 from gymnasium.vector import AutoresetMode
 from reach import Reach, make_reach, make_reach_policy
+from small_policy import make_policy
 
+from prophet_gym import ProphetVectorEnv, ProphetWorldModel, SnapshotSet, Verdict
 from prophet_gym.sims.vector import make_sync_vector_env
 from prophrl_agents import SmallFlowPolicy
 from prophrl_agents.config import PAPER, SMOKE, TABLETOP, FlowScaleConfig, TrainConfig, WorldConfig
@@ -161,6 +163,62 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_and_a_usable_checkpoint(
     assert all(value.isfinite().all() for value in state["learner"]["policy"].values())
 
 
+def broken_judge(frames, instruction):
+    raise RuntimeError("no server")
+
+
+@pytest.mark.parametrize(("judge", "reason"), [(broken_judge, "RuntimeError: no server"), (None, "has no judge")])
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_a_run_without_verdicts_stops_and_says_why(tiny_checkpoint, tmp_path, judge, reason, eval_every, caplog):
+    snapshots = SnapshotSet.load(tiny_checkpoint / "snapshots")
+
+    def make(judge):
+        model = ProphetWorldModel.from_pretrained(tiny_checkpoint)
+        return ProphetVectorEnv(model, 8, horizon=8, snapshots=snapshots, judge=judge, autoreset_mode="Disabled")
+
+    config = dataclasses.replace(QUICK, run=tmp_path / "run", updates=1, eval_every=eval_every)
+    what = "evaluation after 0 updates" if eval_every else "update 0"
+    with pytest.raises(ValueError, match=f"^{what}: no rollout was judged .*{reason}.*judge=.*resume=True"):
+        GRPOTrainer(config, make_policy(image_size=48), make(judge)).train()
+    assert not (tmp_path / "run" / "policy").exists()
+    assert caplog.text.count("no server") == (judge is not None)
+    resumed = GRPOTrainer(dataclasses.replace(config, resume=True), make_policy(image_size=48), make(brighter)).train()
+    assert resumed.updates == 1 and (tmp_path / "run" / "policy").exists()
+
+
+def brighter(frames, instruction):
+    """Fails on some rollouts, which are masked and no more."""
+    return Verdict.abstain("dark") if frames[-1].mean() < 115 else bool(frames[-1].mean() > frames[0].mean())
+
+
+class Doubtful(Reach):
+    """Abstains in the updates whose numbers are ``silent``, of 16 rollouts each."""
+
+    silent, ended = (), 0
+
+    def step(self, chunk):
+        observation, reward, terminated, truncated, info = super().step(chunk)
+        if terminated or truncated:
+            info["judge_valid"] = Doubtful.ended // QUICK.rollouts_per_update not in self.silent
+            Doubtful.ended += 1
+        return observation, reward, terminated, truncated, info
+
+
+def test_one_update_without_verdicts_is_chance_two_are_not(tmp_path, monkeypatch):
+    def train(run, *silent):
+        monkeypatch.setattr(Doubtful, "silent", silent)
+        monkeypatch.setattr(Doubtful, "ended", 0)
+        config = dataclasses.replace(QUICK, run=run, updates=4)
+        GRPOTrainer(config, make_reach_policy(), make_sync_vector_env(Doubtful, 8, AutoresetMode.DISABLED)).train()
+
+    train(tmp_path / "chance", 1, 3)
+    assert [line["valid_share"] for line in lines_of(tmp_path / "chance")] == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="update 2: no rollout was judged, so"):
+        train(tmp_path / "gone", 1, 2, 3)
+    state = torch.load(tmp_path / "gone" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["progress"]["update"] == 2
+
+
 class ScriptedTruth:
     """A reference whose outcomes are known beforehand, one list entry per check."""
 
@@ -229,6 +287,7 @@ def test_a_run_folder_is_not_overwritten_and_only_its_own_run_resumes(tmp_path):
         ({"rollouts_per_update": 100}, "multiple of group_size 8"),
         ({"env": ("a", "b", "c")}, "3 environments"),
         ({"env": "Tabletop-v0"}, "one id or more"),
+        ({"eval_env": "Tabletop-v0"}, "tuple of ids: \\('Tabletop-v0',\\)"),
         ({"mini_batch": 12}, "whole groups"),
         ({"mini_batch": 96}, "divides rollouts_per_update"),
         ({"algorithm": "fagrpo"}, "Did you mean 'fa_grpo'"),
@@ -259,6 +318,14 @@ def test_flowscale_bounds_are_refused_when_training_starts(tmp_path):
         GRPOTrainer(config, make_reach_policy(), make_reach(8)).train()
 
 
+def test_what_is_no_vector_environment_is_refused(tmp_path):
+    config = dataclasses.replace(QUICK, run=str(tmp_path / "run"))
+    assert config.run == tmp_path / "run"
+    for env, message in ((Reach(), "env is a Reach, expected .*gym.make_vec"), ([], "env is empty")):
+        with pytest.raises(ValueError, match=message):
+            GRPOTrainer(config, make_reach_policy(), env)
+
+
 def test_presets_are_what_they_say():
     assert (PAPER.group_size, PAPER.rollouts_per_update, PAPER.mini_batch, PAPER.updates) == (8, 256, 128, 100)
     assert TABLETOP.freeze_trunk and TABLETOP.eval_env == ("Tabletop-v0",) and SMOKE.updates == 2
@@ -276,6 +343,10 @@ def test_environments_by_id():
     with pytest.raises(ValueError, match="does not take the settings {'horizon': 3}"):
         make_environment("CartPole-v1", dataclasses.replace(world, horizon=3), chunk_length=5)
     assert make_environment("CartPole-v1", world, chunk_length=5).num_envs == 2
+    with pytest.raises(ValueError, match="chunks have 25 commands, too many for 'Prophet-Tabletop-v0'.*1 to 20"):
+        make_environment("Prophet-Tabletop-v0", world, chunk_length=25)
+    with pytest.raises(ValueError, match="^chunk_length=25"):  # what the user gave
+        make_environment("Prophet-Tabletop-v0", dataclasses.replace(world, chunk_length=25), chunk_length=8)
 
 
 def test_two_processes_learn_like_one(tmp_path):

@@ -31,6 +31,13 @@ def test_bad_data(config: WorldModelConfig, tmp_path: Path) -> None:  # noqa: F8
         LoopConfig(steps=0)
 
 
+def test_misspelled_weights_are_not_looked_for_on_the_hub(config: WorldModelConfig, tmp_path: Path) -> None:  # noqa: F811
+    for wrong in ({"vae": Path("nope")}, {"init": tmp_path / "nope"}):
+        with pytest.raises(ValueError, match="nope.*: no config.json, so no saved network"):
+            train_world_model(replace(config, **wrong))
+    assert not config.run.exists()
+
+
 def test_learning_rate_trapezoid() -> None:
     loop = LoopConfig(steps=100, warmup_steps=10, decay_fraction=0.2)
     assert loop.learning_rate_factor(0) == pytest.approx(0.1)

@@ -188,7 +188,9 @@ def test_one_model_call_and_one_judge_call_per_step(world_model: Counting, snaps
     assert world_model.batches == [4, 4] and Batched.calls == [4]
 
 
-def test_a_judge_failing_on_one_rollout_spares_the_others(world_model: Counting, snapshots: SnapshotSet) -> None:
+def test_a_judge_failing_on_one_rollout_spares_the_others(
+    world_model: Counting, snapshots: SnapshotSet, caplog: pytest.LogCaptureFixture
+) -> None:
     def judge(frames: np.ndarray, instruction: str) -> bool:
         if instruction == snapshots[1].instruction:
             raise RuntimeError("cannot read")
@@ -199,6 +201,9 @@ def test_a_judge_failing_on_one_rollout_spares_the_others(world_model: Counting,
     _, reward, *_, info = env.step(chunks(env))
     assert reward.tolist() == [1, 0, 1] and info["judge_valid"].tolist() == [True, False, True]
     assert "RuntimeError: cannot read" in info["verdict"][1].reason
+    env.reset(options={"snapshots": [snapshots[1]] * 3})
+    assert not env.step(chunks(env))[4]["judge_valid"].any()
+    assert caplog.text.count("RuntimeError: cannot read") == 1  # identical failures are logged once
 
 
 def test_bad_actions(world_model: Counting, snapshots: SnapshotSet) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import gymnasium as gym
 
 from ..checker import check_world_env
-from ..registration import ASSETS, SIMULATOR_ID
+from ..errors import nearest
+from ..registration import ASSETS, SIMULATOR_ID, WORLDS, find_environment
 from ..simulators import SIMULATORS
 from ..snapshot import SnapshotSet
 from .conformance import PROBES, conformance, format_conformance
@@ -39,8 +40,14 @@ def check_environment(
         The report as Markdown, and whether nothing is broken.
 
     Raises:
-        ValueError: an unknown id or interface, or no snapshots with a camera for the sweep.
+        ValueError: an unknown or foreign id, an unknown interface, or no snapshots with a camera for the sweep.
     """
+    env_id, ours = find_environment(env_id).id, [*WORLDS, *SIMULATORS]
+    if env_id not in ours:
+        raise ValueError(
+            f"{env_id!r} is none of our worlds and simulators {sorted(ours)}.{nearest(env_id, ours)} Check an "
+            "environment of your own with prophet_gym.check_world_env(env)."
+        )
     if env_id == SIMULATOR_ID:
         options = {"snapshots": SnapshotSet.load(ASSETS / "tabletop" / "snapshots"), **options}
     if interface in PROBES:

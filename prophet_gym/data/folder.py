@@ -27,6 +27,7 @@ FORMAT = "prophet_gym.episode/1"
 """Mark of our layout in ``meta.json``."""
 _VIEW = "image_0"
 _LABEL = "label_"
+_CONTENTS = ("meta.json", "data.npz", "*.mp4")  # of an episode's folder
 
 
 def write_episode(
@@ -37,12 +38,12 @@ def write_episode(
     Args:
         folder: The episode's own folder, ``<root>/<name>``.
         episode: What to write; its frames are decoded if they are not yet.
-        overwrite: Replace an existing folder.
+        overwrite: Replace an existing episode.
         lossless: Keep every pixel. False writes ordinary H.264 (about a tenth of the size; even sizes only).
 
     Raises:
-        ValueError: If the folder exists and `overwrite` is False, the frames do not fit the actions, or the metadata
-            is no JSON (nan is none).
+        ValueError: If the folder exists and `overwrite` is False or it holds more than an episode, the frames do not
+            fit the actions, or the metadata is no JSON (nan is none).
     """
     arrays: dict[str, np.ndarray] = {"action": episode.actions}
     for key in ("eef_pose", "gripper", "simulator_state"):
@@ -72,7 +73,7 @@ def write_episode(
             f"metadata {dict(episode.metadata)} of episode {episode.name!r} cannot be stored ({error}); expected "
             "strings, finite numbers, booleans, None, and lists and dicts of them"
         ) from error
-    with atomic_folder(folder, overwrite=overwrite) as target:
+    with atomic_folder(folder, overwrite=overwrite, contents=_CONTENTS) as target:
         (target / "meta.json").write_text(text, encoding="utf-8")
         np.savez(target / "data.npz", allow_pickle=False, **arrays)
         write_video(target / f"{_VIEW}.mp4", frames, episode.fps, lossless=lossless)

@@ -50,17 +50,18 @@ def write_lerobot(
         camera: Name of the camera; the feature becomes ``observation.images.<camera>``.
         robot_type: Name of the robot, for ``info.json``.
         lossless: Keep every pixel (H.264 in RGB); by default YUV 4:2:0 at CRF 18, even sizes only.
-        overwrite: Replace an existing folder.
+        overwrite: Replace an existing set.
 
     Returns:
         Number of episodes.
 
     Raises:
-        ValueError: If the folder exists, there is no episode, or one differs from the first; it is named.
+        ValueError: If the folder exists, or holds more than a set to replace, there is no episode, or one differs from
+            the first; it is named.
         MissingExtraError: pyarrow is not installed.
     """
     need_extra("pyarrow.parquet", "writing LeRobot data sets")
-    with atomic_folder(root, overwrite=overwrite) as target:
+    with atomic_folder(root, overwrite=overwrite, contents=("meta", "data", "videos")) as target:
         writer: _Writer | None = None
         try:
             for episode in episodes:

@@ -206,6 +206,25 @@ def record_set(
     return len(missing)
 
 
+def recorded(out: str | os.PathLike[str], made: int, steps: int) -> str:
+    """What a person wants to know after a recording: how many episodes are new, how many there are, and what differs.
+
+    Args:
+        out: Folder of the set.
+        made: Episodes recorded now.
+        steps: Commands asked for; episodes that were kept may have another number.
+    """
+    metas = [path for path in Path(out).glob("*/meta.json") if not path.parent.name.startswith(".")]
+    frames = [json.loads(path.read_text(encoding="utf-8")).get("num_frames", steps + 1) for path in metas]
+    text, other = f"{made} episodes recorded, {len(metas)} in {out}", sum(count != steps + 1 for count in frames)
+    if other:
+        text += (
+            f"\n{other} of them are not {steps} commands long: episodes that are there stay as they are; give another "
+            "folder for a set of one length"
+        )
+    return text
+
+
 def record_snapshots(out: str | os.PathLike[str], count: int, seed: int = 0, *, overwrite: bool = False) -> SnapshotSet:
     """Save the first image of ``count`` fresh scenes, with poses, camera and simulator state, as a snapshot set.
 

@@ -84,6 +84,10 @@ class Judge(Protocol):
         ...
 
 
+class AnswerError(ValueError):
+    """A plain function answered something that is no verdict."""
+
+
 @dataclass(frozen=True)
 class FunctionJudge:
     """A plain function as a judge; see :func:`as_judge`.
@@ -105,7 +109,7 @@ class FunctionJudge:
             return Verdict(bool(answer), float(answer))
         if isinstance(answer, numbers.Real) and 0.0 <= float(answer) <= 1.0:
             return Verdict(float(answer) >= self.threshold, float(answer))
-        raise ValueError(
+        raise AnswerError(
             f"Judge {self.function!r} answered {answer!r} ({type(answer).__name__}); expected a Verdict, a bool or a "
             "float in [0, 1]. To abstain, return Verdict.abstain(reason)."
         )

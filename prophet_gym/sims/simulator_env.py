@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from prophet_gym.arguments import known_options, per_slot, require_between, require_snapshot
+from prophet_gym.arguments import known_options, per_slot, require_between, require_snapshot, require_snapshots
 from prophet_gym.judges.base import Verdict
 from prophet_gym.observations import make_observation, observation_space
 from prophet_gym.sims.simulator import Simulator, take_snapshot
@@ -49,7 +49,7 @@ class SimulatorEnv(gym.Env):
         render_mode: None or ``"rgb_array"`` (``render`` returns the current frame).
 
     Raises:
-        ValueError: An argument is out of range, or a snapshot has no simulator state.
+        ValueError: An argument is out of range, or snapshots are none or have no simulator state.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10.0}
@@ -67,8 +67,7 @@ class SimulatorEnv(gym.Env):
         require_between("horizon", horizon, 1, None)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r}: expected None or 'rgb_array'.")
-        if snapshots is not None and len(snapshots) == 0:
-            raise ValueError("snapshots is empty: expected at least one Snapshot, or None for fresh scenes.")
+        require_snapshots(snapshots)
         self.chunk_length, self.horizon = int(chunk_length), int(horizon)
         self.snapshots, self.render_mode = snapshots, render_mode
         self._make_simulator = make_simulator

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,8 +24,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..atomic import atomic_text
 from ..strict_json import to_json
 from .parallel import gathered, keep_gradients, shard_as, shard_optimizer_state
+
+_PLACES = ("run", "out", "cache")  # settings that say where files go: they change nothing of what is learned
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,20 @@ class LoopConfig:
     """Steps between two evaluations; 0 evaluates at the end alone."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        counts = dict.fromkeys(("steps", "batch_size", "log_every", "save_every"), 1)
+        for name, least in {**counts, "eval_every": 0, "warmup_steps": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+        for name in ("learning_rate", "muon_learning_rate", "weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
+        if not self.grad_clip > 0.0:
+            raise ValueError(f"grad_clip={self.grad_clip}: expected a norm above 0")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'mixed_precision={self.mixed_precision!r}: expected "no" or "bf16"')
-        if not 0.0 <= self.decay_fraction <= 1.0:
-            raise ValueError(f"decay_fraction={self.decay_fraction}: expected a share from 0 to 1")
+        for name in ("decay_fraction", "ema_decay"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
 
     def learning_rate_factor(self, step: int) -> float:
         """Trapezoid: linear warm-up, constant, linear decay to zero."""
@@ -86,23 +97,73 @@ def atomic_save(values: dict[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what :func:`atomic_save` wrote, to the CPU.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        values: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is missing or damaged ({reason}); put a whole copy in its place, or start again in an empty folder"
+        ) from error
+    return values
+
+
 def prepare_run(run: Path, config: dict[str, Any], resume: bool) -> None:
     """Create the run folder and store its configuration.
 
+    A run that was interrupted before its first checkpoint can be started again in its folder, also with other settings.
+
     Raises:
-        ValueError: the folder holds a run and ``resume`` is off, or the stored configuration differs.
+        ValueError: the folder holds a run and ``resume`` is off, or another one's or a damaged ``config.json``, or the
+            settings to resume with differ in more than where files go.
     """
     checkpoint, stored = run / "checkpoints" / "last.pt", run / "config.json"
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file; expected a folder for the run")
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{run}: already holds a run; give --resume to continue it, or another folder")
+    if resume and not stored.exists():
+        raise ValueError(f"{run}: nothing to resume; leave --resume out")
     text = json.dumps(config, indent=1, default=str) + "\n"
     if stored.exists():
-        if checkpoint.exists() and not resume:
-            raise ValueError(f"{run}: already holds a run; give --resume to continue it, or another folder")
-        if checkpoint.exists() and json.loads(stored.read_text()) != json.loads(text):
-            raise ValueError(f"{run}: the stored config.json differs from this one; resume with the same settings")
-    elif resume:
-        raise ValueError(f"{run}: nothing to resume; leave --resume out")
+        _require_same_run(stored, json.loads(text), checkpoint.exists())
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    stored.write_text(text)
+    atomic_text(stored, text)
+
+
+def _require_same_run(stored: Path, config: dict[str, Any], trained: bool) -> None:
+    """Without a checkpoint the same command will do, which is known by the names of its settings."""
+    try:
+        known = json.loads(stored.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{stored} is not valid JSON ({error}); restore it, or give an empty folder") from error
+    if not isinstance(known, dict) or (not trained and known.keys() != config.keys()):
+        raise ValueError(f"{stored} is not the configuration of such a run; give an empty folder")
+    old, new = (_flat({key: value for key, value in of.items() if key not in _PLACES}) for of in (known, config))
+    differing = [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+    if trained and differing:
+        raise ValueError(
+            f"{stored.parent}: the stored config.json differs from this one, stored -> given: {', '.join(differing)}; "
+            "resume with the same settings"
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings as JSON text, by their names with dots, such as ``loop.steps``."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = prefix + key
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: json.dumps(value)}
+    return flat
 
 
 def forget_after(metrics: Path, step: int) -> bool:
@@ -168,7 +229,7 @@ def train_loop(
         loss_fn: maps (wrapped model, micro-batch) to the loss and numbers to log; all its randomness follows from the
             number of the micro-batch, which is that of the step where there is one a step.
         config: optimisation and bookkeeping.
-        run: run folder; gets ``metrics.jsonl`` and ``checkpoints/last.pt``.
+        run: run folder; gets ``metrics.jsonl`` and ``checkpoints/last.pt``, which holds the seconds of all sessions.
         accelerator: devices, mixed precision, gradient scaling.
         resume: continue from ``checkpoints/last.pt``.
         evaluate: called with the averaged model and the step; its numbers are logged.
@@ -179,7 +240,7 @@ def train_loop(
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint stays usable.
-        ValueError: several processes without ``wrap``, or a checkpoint of other settings.
+        ValueError: several processes without ``wrap``, or a checkpoint that is damaged or of other settings.
     """
     if accelerator.num_processes > 1 and wrap is None:
         raise ValueError(
@@ -190,7 +251,7 @@ def train_loop(
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     saved: dict[str, Any] = {}
     if resume and path.exists():
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        saved = load_checkpoint(path)
         _load_trained(model, saved["model"], frozen, path)
     wrapped = accelerator.prepare_model(model) if wrap is None else wrap(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -198,6 +259,7 @@ def train_loop(
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     ema = EMAModel(trained, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
     start = saved.get("step", 0)
+    began = time.monotonic() - saved.get("seconds", 0.0)  # as if earlier sessions had ended just now
     if saved:
         averages = [shard_as(value, p) for value, p in zip(saved["ema"]["shadow_params"], trained, strict=True)]
         ema.load_state_dict({**saved["ema"], "shadow_params": averages})
@@ -212,7 +274,7 @@ def train_loop(
         tensors = {name: value for name, value in model.state_dict().items() if name not in frozen}
         whole = gathered({"step": step, "model": tensors, "ema": ema.state_dict(), "optimizers": states})
         if accelerator.is_main_process:
-            atomic_save(whole, path)
+            atomic_save({**whole, "seconds": time.monotonic() - began}, path)
 
     def evaluate_averages(step: int) -> None:
         if evaluate is not None:
@@ -287,7 +349,7 @@ def train_loop(
         model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     ema.copy_to(trained)
     model.eval()
-    if evaluate is not None and not ended:
+    if evaluate is not None and not ended and not (known and start == config.steps):
         _log(run, accelerator, {"step": config.steps, **evaluate(model, config.steps)})
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
-from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network
+from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network, require_network
 from ..world_model.transformer import ProphetTransformer
 from ..world_model.video_vae import FoldedVideoVAE
 from .chunks import ChunkSampler
@@ -75,9 +75,12 @@ def train_world_model(
             :func:`validator` where the configuration names held-out episodes.
 
     Raises:
-        ValueError: bad data or an existing run without ``resume``.
+        ValueError: bad data, no codec or checkpoint in the folder named, or an existing run without ``resume``.
     """
     run, cache = Path(config.run), Path(config.cache)
+    require_network(Path(config.vae))
+    if config.init is not None:
+        require_network(Path(config.init) / "transformer")
     if evaluate is None and config.validation is not None:
         evaluate = validator(config)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)

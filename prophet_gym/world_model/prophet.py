@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..action_frames import Camera, render_action_frames
 from ..actions import PAD_GRIPPER, integrate_poses, pad_chunk, pad_effectors
+from ..devices import require_device
 from ..snapshot import Snapshot
 from .codec import VideoCodec, to_video
 from .config import ProphetConfig
@@ -348,10 +349,10 @@ class ProphetWorldModel:
         """Load a checkpoint folder written by :meth:`save_pretrained`; ``text`` as in the constructor.
 
         Raises:
-            ValueError: the folder is not a Prophet checkpoint, is incomplete, corrupt, or of another architecture; or
-                ``text`` for a denoiser without cross-attention.
+            ValueError: the folder is not a Prophet checkpoint, is incomplete, corrupt, or of another architecture;
+                ``text`` for a denoiser without cross-attention; or no such device.
         """
-        folder = Path(folder)
+        folder, device = Path(folder), require_device(device)
         if not (folder / "prophet.json").is_file():
             raise ValueError(
                 f"{folder}: no prophet.json, so no Prophet checkpoint; expected a folder of `prophet train`"
@@ -370,8 +371,19 @@ class ProphetWorldModel:
         return cls(transformer.eval(), vae.eval(), config, info, text=text).to(device)
 
 
+def require_network(folder: Path) -> None:
+    """Requires a folder with a saved network: one that is misspelled would be looked for on the hub, for long.
+
+    Raises:
+        ValueError: it has no ``config.json``.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json, so no saved network; expected a folder that training has written")
+
+
 def load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     """``from_pretrained`` that refuses missing, unexpected and mismatched keys, and anything but safetensors."""
+    require_network(folder)
     network, report = network_class.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )

@@ -22,11 +22,15 @@ class ResizedWorldModel:
     Args:
         world_model: the model.
         image_size: (H, W) of the frames shown, pixels.
+
+    Raises:
+        ValueError: ``image_size`` is no pair of positive integers.
     """
 
     def __init__(self, world_model: WorldModel, image_size: tuple[int, int]) -> None:
-        if len(image_size) != 2 or min(image_size) < 1:
-            raise ValueError(f"image_size={image_size!r}: expected height and width in pixels, at least 1")
+        given = np.asarray(image_size)
+        if given.shape != (2,) or given.dtype.kind not in "iu" or given.min() < 1:
+            raise ValueError(f"image_size={image_size!r}: expected height and width in pixels, such as (64, 64)")
         self.world_model, self.image_size = world_model, (int(image_size[0]), int(image_size[1]))
         self.chunk_length: int = world_model.chunk_length
         self.num_effectors: int = world_model.num_effectors

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from prophet_gym.devices import require_device
 from prophet_gym.weights import locate_weights
 from prophet_gym.words import encode_instruction
 from prophrl_agents.flow_sde import FlowSchedule, Generators, LastStep, schedule
@@ -41,7 +42,7 @@ class SmallFlowPolicyConfig:
     """Architecture and flow of a :class:`SmallFlowPolicy`.
 
     Raises:
-        ValueError: a number out of range, or a vocabulary that is empty or has duplicates.
+        ValueError: a number out of range, or a vocabulary that is no list of words, is empty or has duplicates.
     """
 
     vocabulary: tuple[str, ...]
@@ -73,7 +74,10 @@ class SmallFlowPolicyConfig:
 
     def __post_init__(self) -> None:
         """Checks every number."""
-        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+        words = self.vocabulary
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"vocabulary is {words!r}, expected a tuple or list of words")
+        object.__setattr__(self, "vocabulary", tuple(words))
         if not self.vocabulary or len(set(self.vocabulary)) != len(self.vocabulary):
             raise ValueError(f"vocabulary {self.vocabulary} must hold at least one word and none twice")
         multiples = {"image_size": 8, "trunk_width": 8, "head_width": 2}
@@ -293,9 +297,10 @@ class SmallFlowPolicy(nn.Module):
             dtype: of trunk and head.
 
         Raises:
-            ValueError: no such policy, a missing or unreadable file, another kind of policy, unknown config keys,
-                weights that do not fit.
+            ValueError: no such policy or device, a missing or unreadable file, another kind of policy, unknown config
+                keys, weights that do not fit.
         """
+        device = require_device(device)
         try:
             folder = locate_weights(folder, ASSETS, _CONFIG)
         except ValueError as error:
