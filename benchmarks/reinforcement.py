@@ -66,8 +66,8 @@ class Config:
     """Judge of the world model; the checkpoint's by default."""
     num_inference_steps: int | None = None
     """Denoising steps; the checkpoint's by default."""
-    dtype: str = "bfloat16"
-    """Precision of the world model."""
+    dtype: str = "auto"
+    """Precision of the world model; auto: bfloat16 where the processor multiplies it, else float32."""
     governor_every: int = 0
     """Updates between two checks of the judge against replays in the simulator, logged and not acted upon; 0: none."""
     starts: int = 800

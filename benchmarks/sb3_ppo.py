@@ -61,7 +61,7 @@ def make(env_id: str, n_envs: int, seed: int) -> Any:
     """Returns the batched ``VecEnv``; the simulator has a judge of its own, which is not asked here."""
     options: dict[str, Any] = {"chunk_length": CHUNK, "horizon": HORIZON}
     if env_id == WORLD:
-        options |= {"judge": hand_on_the_left, "dtype": "bfloat16"}
+        options |= {"judge": hand_on_the_left, "dtype": "auto"}
     return make_vec_env(env_id, n_envs, seed, env_kwargs=options)
 
 

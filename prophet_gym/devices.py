@@ -1,10 +1,10 @@
-"""Where networks run: one check of the ``device`` that callers give."""
+"""Where networks run, and how precisely: one check of the ``device`` that callers give, one choice of precision."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["require_device"]
+__all__ = ["fast_dtype", "require_device"]
 
 
 def require_device(device: str | torch.device) -> torch.device:
@@ -28,3 +28,17 @@ def require_device(device: str | torch.device) -> torch.device:
             "of torch that have it"
         ) from error
     return found
+
+
+def fast_dtype(device: str | torch.device) -> str:
+    """Returns "bfloat16" where ``device`` multiplies it in hardware, else "float32".
+
+    A processor without such instructions still computes bfloat16, several times slower than float32. Torch before
+    2.10 does not tell what a processor can; then it is float32.
+    """
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if torch.device(device).type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return "float32"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if any(bool(has) for name, has in able.items() if "bf16" in name) else "float32"

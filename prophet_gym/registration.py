@@ -166,7 +166,7 @@ def make_world(
         horizon: commands after which a rollout is truncated; default that of the world.
         num_inference_steps: denoising steps; default the checkpoint's.
         device: of the networks, as in torch.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device multiplies it in hardware.
         image_size: (H, W) of the frames shown, to which those of the model are stretched; default that of the world
             with the packaged weights, else the checkpoint's own.
         interface: "chunk" (:class:`prophet_gym.ProphetEnv`), "flat" (:mod:`prophet_gym.compat.flat`), or a key of
@@ -310,16 +310,17 @@ def _load(
     """Returns the world model, and its snapshots and judge as keyword arguments."""
     import torch
 
-    from .devices import require_device
+    from .devices import fast_dtype, require_device
     from .judges.opening import open_judge
     from .snapshot import SnapshotSet
     from .world_model.prophet import ProphetWorldModel
     from .world_model.resized import ResizedWorldModel, resized_snapshot
 
-    dtypes = ("float32", "bfloat16", "float16")
+    dtypes = ("float32", "bfloat16", "float16", "auto")
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r}: expected one of {list(dtypes)}.{nearest(dtype, dtypes)}")
     require_device(device)  # before anything is fetched
+    dtype = fast_dtype(device) if dtype == "auto" else dtype
     folder = resolve_checkpoint(world, checkpoint)
     if snapshots is None and (folder / "snapshots").is_dir():
         snapshots = folder / "snapshots"

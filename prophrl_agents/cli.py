@@ -84,6 +84,8 @@ def record(
     workers: int = 2,
     env: str = "Tabletop-v0",
     task: str | None = None,
+    world: str | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Record what a policy does in a simulator, for the training of a world model and its judge.
 
@@ -98,6 +100,8 @@ def record(
         workers: processes.
         env: simulator.
         task: of a simulator that has several (LIBERO, SimplerEnv); by default every episode draws one.
+        world: world model that the policy sees instead (Prophet-Tabletop-v0); the simulator plays its commands.
+        checkpoint: weights of that world model; the packaged ones by default.
     """
     from prophet_gym.data.record import recorded  # needs MuJoCo
     from prophrl_agents.record import record_policy
@@ -113,6 +117,8 @@ def record(
         noise_level=noise_level,
         workers=workers,
         env_id=env,
+        world=world,
+        checkpoint=checkpoint,
         **given,
     )
     print(recorded(out, made, steps))

@@ -34,7 +34,7 @@ class WorldConfig:
     num_inference_steps: int | None = None
     """Denoising steps of a world model."""
     dtype: str | None = None
-    """Precision of a world model: float32, bfloat16 or float16."""
+    """Precision of a world model: float32, bfloat16, float16, or auto: bfloat16 where the hardware multiplies it."""
     checkpoint: str | None = None
     """World model: a folder, a packaged name or a hub id."""
     judge: str | None = None

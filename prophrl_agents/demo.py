@@ -108,7 +108,7 @@ def _training(config: DemoConfig, run: Path) -> TrainConfig:
         updates=config.updates,
         rollouts_per_update=config.rollouts,
         mini_batch=min(TABLETOP.mini_batch, config.rollouts),
-        world=WorldConfig(checkpoint=config.checkpoint, dtype="bfloat16"),
+        world=WorldConfig(checkpoint=config.checkpoint, dtype="auto"),
         eval_env=(),
         eval_every=0,
         videos_every=0,

@@ -1,6 +1,8 @@
 """Recording of what a policy does in a simulator, as episodes that world models and judges can learn from.
 
-A world model that has never seen a policy's mistakes imagines them away, and the policy then learns to make them.
+A world model that has never seen a policy's mistakes imagines them away, and the policy then learns to make them. A
+policy that sees its block slip tries again; one that acts on imagined frames goes on as if it held it. So what a
+policy does in a world model is played in the simulator, too: commands from the imagination, frames and success true.
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
+import prophet_gym
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.record import open_simulator, play, record_set
+from prophet_gym.errors import nearest
 from prophet_gym.observations import make_observation
-from prophet_gym.sims.simulator import Simulator
+from prophet_gym.registration import WORLDS
+from prophet_gym.sims.simulator import Simulator, take_snapshot
 from prophet_gym.simulators import SIMULATORS
+from prophrl_agents.policies.base import SampleMode
 from prophrl_agents.policies.small import SmallFlowPolicy
+
+gym.register_envs(prophet_gym)
 
 __all__ = ["record_policy"]
 
@@ -35,12 +44,15 @@ def record_policy(
     workers: int = 2,
     progress: bool = True,
     env_id: str = "Tabletop-v0",
+    world: str | None = None,
+    checkpoint: str | None = None,
     **options: Any,
 ) -> int:
     """Record a policy's episodes with seeds ``seed`` to ``seed + episodes - 1``; those already there are skipped.
 
     An episode is a pure function of weights and seed. Scenes, labels and layout are those of ``prophet record``; the
-    recorded behaviour is "policy", or "noisy_policy" where the policy explored as it does while it learns.
+    recorded behaviour is "policy", or "noisy_policy" where the policy explored as it does while it learns; it ends in
+    "_in_world" where the policy saw imagined frames.
 
     Args:
         out: folder of the set, made if absent.
@@ -53,6 +65,9 @@ def record_policy(
         workers: processes; 0 records in this one.
         progress: show a progress bar with the remaining time.
         env_id: a key of ``prophet_gym.simulators.SIMULATORS``.
+        world: id of a world model of that simulator, whose frames the policy sees from the same start on; the simulator
+            plays the commands. By default the policy sees the simulator.
+        checkpoint: weights of the world model; the packaged ones by default.
         options: of the simulator, such as ``task``; images have the policy's size.
 
     Returns:
@@ -60,10 +75,15 @@ def record_policy(
 
     Raises:
         MissingExtraError: the simulator's project is not installed, or lacks assets.
-        ValueError: counts or shares out of range, or no policy for that simulator in that folder.
+        ValueError: counts or shares out of range, no policy for that simulator in that folder, an unknown world or one
+            that does not fit, or a checkpoint without a world.
     """
     if steps < 1 or not 0.0 <= noisy_share <= 1.0:
         raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
+    if world is None and checkpoint is not None:
+        raise ValueError(f"checkpoint={checkpoint!r} is of a world model, and none is named; give world='Prophet-...'")
+    if world is not None and world not in WORLDS:
+        raise ValueError(f"world={world!r}: expected one of {sorted(WORLDS)}.{nearest(world, WORLDS)}")
     found = _load(str(policy), noise_level)
     if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
         options = {"image_size": found.config.image_size, **options}
@@ -76,7 +96,15 @@ def record_policy(
             f"the policy in {policy} gives commands of {found.action_dim} numbers from images of "
             f"{found.config.image_size} pixels; {env_id} takes {dimensions} and shows {size}"
         )
-    make = partial(_play_policy, policy=str(policy), steps=steps, noisy_share=noisy_share, noise_level=noise_level)
+    make = partial(
+        _play_policy,
+        policy=str(policy),
+        steps=steps,
+        noisy_share=noisy_share,
+        noise_level=noise_level,
+        world=world,
+        checkpoint=checkpoint,
+    )
     return record_set(out, episodes, seed, make, workers, progress, simulator)
 
 
@@ -89,19 +117,59 @@ def _load(folder: str, noise_level: float) -> SmallFlowPolicy:
     return policy
 
 
+@lru_cache(maxsize=1)
+def _open_world(world: str, checkpoint: str | None, chunk_length: int, horizon: int) -> gym.Env:
+    given: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+    return gym.make(world, chunk_length=chunk_length, horizon=horizon, disable_env_checker=True, **given)
+
+
 def _play_policy(
-    sim: Simulator, seed: int, *, policy: str, steps: int, noisy_share: float, noise_level: float
+    sim: Simulator,
+    seed: int,
+    *,
+    policy: str,
+    steps: int,
+    noisy_share: float,
+    noise_level: float,
+    world: str | None,
+    checkpoint: str | None,
 ) -> Episode:
     actor = _load(policy, noise_level)
     actor.reset()
     rng = np.random.default_rng((seed, 3))
     noisy = bool(rng.random() < noisy_share)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    mode: SampleMode = "sde" if noisy else "ode"
 
     def act(sim: Simulator) -> np.ndarray:
         seen = make_observation(sim.render(), sim.eef_pose, sim.gripper)
         batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [sim.instruction]}
-        return actor.select_action(batch, generator, "sde" if noisy else "ode")[0].numpy()
+        return actor.select_action(batch, generator, mode)[0].numpy()
 
     sim.reset(seed=seed)
-    return play(sim, seed, act, steps=steps, behaviour="noisy_policy" if noisy else "policy")
+    behaviour = "noisy_policy" if noisy else "policy"
+    if world is None:
+        return play(sim, seed, act, steps=steps, behaviour=behaviour)
+    chunks = -(-steps // actor.chunk_length)
+    env = _open_world(world, checkpoint, actor.chunk_length, chunks * actor.chunk_length)
+    commands = iter(_imagined_commands(env, actor, sim, seed, generator, mode, chunks))
+    return play(sim, seed, lambda _: next(commands), steps=steps, behaviour=f"{behaviour}_in_world")
+
+
+def _imagined_commands(
+    env: gym.Env,
+    actor: SmallFlowPolicy,
+    sim: Simulator,
+    seed: int,
+    generator: torch.Generator,
+    mode: SampleMode,
+    chunks: int,
+) -> np.ndarray:
+    """Returns the commands (chunks * CH, D) of a policy that sees what a world model imagines from here on."""
+    seen, _ = env.reset(seed=seed, options={"snapshot": take_snapshot(sim)})
+    commands = []
+    for _ in range(chunks):
+        batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [sim.instruction]}
+        commands.append(actor.predict_action_chunk(batch, generator, mode)[0].numpy())
+        seen, *_ = env.step(commands[-1])
+    return np.concatenate(commands)

@@ -58,10 +58,41 @@ def test_recording_plays_what_an_evaluation_plays(tmp_path):
     np.testing.assert_allclose(episode.actions, chunk, atol=1e-6)
 
 
+def test_what_a_policy_does_in_a_world_is_played_in_the_simulator(tmp_path):
+    """Commands answer imagined frames, frames are the simulator's: chunk for chunk as an environment plays it."""
+    import gymnasium as gym
+
+    from prophrl_agents.record import record_policy
+
+    options = {"noisy_share": 0.0, "workers": 0, "steps": 20}
+    record_policy(tmp_path / "world", "tabletop-sft", 1, 5, world="Prophet-Tabletop-v0", **options)
+    record_policy(tmp_path / "simulator", "tabletop-sft", 1, 5, **options)
+    episode, plain = EpisodeFolder(tmp_path / "world")[0], EpisodeFolder(tmp_path / "simulator")[0]
+    assert episode.metadata["behaviour"] == "policy_in_world"
+    policy, rng = SmallFlowPolicy.from_pretrained("tabletop-sft"), np.random.default_rng((5, 3))
+    rng.random()
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    world, simulator = (gym.make(name, chunk_length=8) for name in ("Prophet-Tabletop-v0", "Tabletop-v0"))
+    seen, info = world.reset(seed=5, options={"snapshot": episode.snapshot()})
+    real, _ = simulator.reset(options={"snapshot": episode.snapshot()})
+    for start in (0, 8):
+        batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [info["instruction"]]}
+        chunk = policy.predict_action_chunk(batch, generator)[0].numpy()
+        np.testing.assert_allclose(episode.actions[start : start + 8], chunk, atol=1e-6)
+        seen, real = world.step(chunk)[0], simulator.step(chunk)[0]
+        assert np.abs(real["image"].astype(int) - episode.frames[start + 8]).max() <= 8  # the video codec's rounding
+    np.testing.assert_allclose(plain.actions[:8], episode.actions[:8], atol=1e-6)
+    assert np.abs(plain.actions[8:] - episode.actions[8:]).max() > 1e-4
+    world.close()
+    simulator.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"noisy_share": 2.0}, "share from 0 to 1"),
+        ({"world": "Prophet-Tabeltop-v0"}, r"expected one of .*Did you mean 'Prophet-Tabletop-v0'"),
+        ({"checkpoint": "mine"}, "none is named"),
         ({"steps": 0}, "steps=0"),
         ({}, "episodes=0"),
         ({"task": "3"}, "Tabletop-v0 has no task"),

@@ -11,6 +11,7 @@ import gymnasium as gym
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
 
 import prophet_gym
@@ -151,6 +152,25 @@ def test_bad_keywords(tiny_checkpoint: Path, options: dict, message: str) -> Non
         gym.make(ID, checkpoint=str(tiny_checkpoint), judge=always, **options)
     with pytest.raises(ValueError, match=message):
         gym.make_vec(ID, num_envs=2, checkpoint=str(tiny_checkpoint), judge=always, **options)
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"neon": True, "sve_bf16": True}, torch.bfloat16),
+        (None, torch.float32),
+    ],
+)
+def test_automatic_precision_is_what_the_processor_multiplies(tiny_checkpoint, monkeypatch, capabilities, expected):
+    """Emulated bfloat16 is several times slower than float32; torch before 2.10 cannot tell."""
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    env = gym.make(ID, checkpoint=str(tiny_checkpoint), judge=always, dtype="auto")
+    assert next(env.unwrapped.world_model.transformer.parameters()).dtype == expected
 
 
 def test_flat_interface_is_the_chunk_interface_scaled(tiny_checkpoint: Path) -> None:

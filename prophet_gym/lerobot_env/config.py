@@ -38,7 +38,7 @@ class ProphetEnvConfig(EnvConfig):
         chunk_length: commands per prediction with ``action_buffer="chunk"``; default the world's.
         action_buffer: "immediate": the world runs for every command; "chunk": once per ``chunk_length`` commands.
         device: of the world model.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16" or "auto" (bfloat16 where the device multiplies it in hardware).
 
     Raises:
         MissingCheckpointError: no weights for ``task``.
