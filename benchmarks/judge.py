@@ -10,6 +10,7 @@ and draws. 900 episodes took 36 minutes on two CPU cores that were busy with oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.data.record import record
 from prophet_gym.judges import Judge, Objective, choose_threshold, labelled_rollouts, open_judge
 from prophet_gym.judges.calibration import auc, auc_interval, judge_rollouts, ratio, show_rate
+from prophet_gym.judges.classifier import WEIGHTS_FILE
 from prophet_gym.judges.decision import DecisionRule
 from prophet_gym.judges.operating_point import GRID, point_figures
 from prophet_gym.judges.reliability import expected_calibration_error, reliability_bins
@@ -292,7 +294,12 @@ def main(config: Config) -> None:
     path = config.judge or _world(config) / "judge"
     trained = open_judge(path)
     deciding = {name: value for name, value in asdict(config).items() if name not in ("out", "workers", "bootstrap")}
-    settings = {**deciding, "judge": None if config.judge is None else str(config.judge)}
+    weights = [path / WEIGHTS_FILE if path.is_dir() else path, *sorted(_world(config).glob("*/*.safetensors"))]
+    settings = {
+        **deciding,
+        "judge": None if config.judge is None else str(config.judge),
+        "sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],  # other weights, other scores
+    }
     kept = config.out / "scores.json"
     scored = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if scored.get("settings") != settings:

@@ -30,14 +30,14 @@ def atomic_folder(
         ValueError: If `target` is a file, or exists and `overwrite` is False, or holds other things than `contents`.
     """
     target = Path(target)
-    _require_replaceable(target, overwrite, contents)
+    require_replaceable(target, overwrite, contents)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fresh = work / "new"  # made by mkdir, so that it has the user's usual permissions: mkdtemp's are private
         fresh.mkdir()
         yield fresh
-        _require_replaceable(target, overwrite, contents)  # another writer may have been faster
+        require_replaceable(target, overwrite, contents)  # another writer may have been faster
         if target.exists():
             target.rename(work / "old")
         fresh.rename(target)
@@ -45,7 +45,12 @@ def atomic_folder(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _require_replaceable(target: Path, overwrite: bool, contents: Sequence[str]) -> None:
+def require_replaceable(target: Path, overwrite: bool, contents: Sequence[str]) -> None:
+    """Require that :func:`atomic_folder` may write here; long work asks before it begins.
+
+    Raises:
+        ValueError: As of :func:`atomic_folder`.
+    """
     if not target.exists():
         return
     if not overwrite:

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from prophet_gym.atomic import atomic_folder
+from prophet_gym.atomic import atomic_folder, require_replaceable
 from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.loop import load_checkpoint, prepare_run, train_loop
@@ -45,6 +45,7 @@ from prophrl_agents.sft_config import SFT_PAPER, SFT_SMOKE, SFT_TABLETOP, Policy
 __all__ = ["SFT_PAPER", "SFT_SMOKE", "SFT_TABLETOP", "PolicySize", "SFTConfig", "run_sft", "train_sft"]
 
 RECORD_FILE = "training.json"
+POLICY_FILES = ("config.json", "model.safetensors", RECORD_FILE)
 _START_SET = 999  # of evaluate_starts: policies are tried on other starts than those they are reported on
 _VALIDATION_FRAMES = 1024
 
@@ -66,6 +67,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
     if not isinstance(config.data, tuple | list) or not config.data:
         raise ValueError(f"data={config.data!r}; expected a tuple with one or more folders of episodes")
     run = Path(config.run)
+    require_replaceable(run / "policy", True, POLICY_FILES)
     prepare_run(run, {key: value for key, value in asdict(config).items() if key != "resume"}, config.resume)
     folders = [EpisodeFolder(folder, camera_name=config.camera_name) for folder in config.data]
     demonstrations = read_demonstrations(
@@ -115,7 +117,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
     metrics = {name: value for name, value in last.items() if name != "step"}
     seconds = load_checkpoint(run / "checkpoints" / "last.pt").get("seconds", 0.0)
     record = _record(config, demonstrations, policy, metrics, seconds)
-    with atomic_folder(run / "policy", overwrite=True) as folder:
+    with atomic_folder(run / "policy", overwrite=True, contents=POLICY_FILES) as folder:
         policy.save_pretrained(folder)
         (folder / RECORD_FILE).write_text(to_json(record))
     return SmallFlowPolicy.from_pretrained(run / "policy")

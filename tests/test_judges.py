@@ -192,6 +192,12 @@ def test_save_and_load(judge, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judge.json", "judge.safetensors"]
 
 
+def test_a_device_that_is_not_there_is_named(judge, tmp_path):
+    judge.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"device='gpu': expected a device of torch"):
+        ClassifierJudge.from_pretrained(tmp_path, device="gpu")
+
+
 def test_bad_checkpoints_are_named(judge, tmp_path):
     with pytest.raises(ValueError, match="missing.*prophet judge train"):
         ClassifierJudge.from_pretrained(tmp_path)

@@ -193,6 +193,14 @@ def test_runs_are_not_overwritten(config):
         train_sft(dataclasses.replace(config, run=config.run.parent / "new", resume=True))
 
 
+def test_another_policy_folder_is_found_before_training_and_stays(config):
+    (config.run / "policy").mkdir(parents=True)
+    (config.run / "policy" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"policy holds no config.json: it is something else"):
+        train_sft(config)
+    assert [path.name for path in config.run.rglob("*")] == ["policy", "notes.txt"]
+
+
 def test_folders_and_numbers_are_checked(config, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [

@@ -268,6 +268,11 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             quick(tmp_path, **changes)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="adapter holds no adapter_config.json: it is something else"):
+        train_vlm_judge(quick(tmp_path))
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
 
 
 # --- from folders, with a model that every loader takes ---

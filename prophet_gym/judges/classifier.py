@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from prophet_gym.devices import require_device
 from prophet_gym.judges.base import Verdict, check_rollouts
 from prophet_gym.judges.decision import DecisionRule
 from prophet_gym.judges.network import SuccessNetwork, frame_indices
@@ -92,7 +93,7 @@ class ClassifierJudge:
                 torch.manual_seed(seed)
                 network = _build(config)
         self.config = config
-        self.device = torch.device(device)
+        self.device = require_device(device)
         self.network = network.to(self.device).eval()
 
     def __call__(self, frames: np.ndarray, instruction: str) -> Verdict:

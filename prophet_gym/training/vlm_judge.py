@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prophet_gym.atomic import atomic_folder, atomic_text
+from prophet_gym.atomic import atomic_folder, atomic_text, require_replaceable
 from prophet_gym.judges.base import Verdict
 from prophet_gym.judges.calibration import auc, evaluate_verdicts
 from prophet_gym.judges.operating_point import pick_threshold
@@ -46,6 +46,7 @@ __all__ = ["VLMTrainingConfig", "add_lora", "fit_vlm_judge", "save_vlm_judge", "
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 """Attention and MLP projections of the language model; the encoder of pictures has projections of the same names."""
 JUDGE_FILE, PROMPT_FILE, ADAPTER = "judge.json", "prompt.txt", "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*", "README.md")
 LONGEST_ANSWER = 16
 """Tokens of a box, with room to spare."""
 
@@ -158,6 +159,7 @@ def train_vlm_judge(config: VLMTrainingConfig, world_model: WorldModel | None = 
         raise ValueError(f"{output} already holds a judge or a run. Choose another output, or set resume or overwrite.")
     if config.resume and not checkpoint.exists():
         raise ValueError(f"{output}: nothing to resume; leave resume out.")
+    require_replaceable(output / ADAPTER, True, ADAPTER_FILES)
     from prophet_gym.judges.in_process import load_model
 
     network, processor = load_model(config.model, "bfloat16" if config.precision == "bf16" else "float32")
@@ -260,7 +262,7 @@ def save_vlm_judge(adapted: Any, decision: VLMConfig, config: VLMTrainingConfig)
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(output / ADAPTER, overwrite=True) as folder:
+    with atomic_folder(output / ADAPTER, overwrite=True, contents=ADAPTER_FILES) as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
     backend = {
         "kind": "transformers",
