@@ -2,10 +2,12 @@
 
 ``python benchmarks/judge.py`` records scripted behaviours and packaged policies that explore, in equal shares and from
 seeds that nothing was trained on, imagines the same actions in the packaged Prophet, and asks two judges about recorded
-and imagined frames: the packaged classifier, and a rule on pixels that learned nothing (``pixel_rule.py``). Thresholds
+and imagined frames: the packaged classifier, and a rule on pixels that learned nothing (``pixel_rule.py``). Policies act
+on what the simulator shows and, as they do while they learn, on what the world imagines (``-in-world``): one that sees
+its block slip tries again, one that imagines holding it goes on. Thresholds
 are chosen on the imagined rollouts of a calibration split; every figure comes from the other episodes. Writes
 ``judge.json``, ``judge.md`` and two pictures. Recorded episodes and scores are kept, so that a second call only counts
-and draws. 900 episodes took 36 minutes on two CPU cores that were busy with other programs.
+and draws.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ SCRIPTS: dict[str, dict[str, float]] = {
     "failures": dict.fromkeys((*FAILURES, "random"), 1.0),
 }
 POLICIES = ("tabletop-sft", "tabletop-reinforced")
-SOURCES = (*SCRIPTS, *POLICIES)
+IN_WORLD = "-in-world"
+SOURCES = (*SCRIPTS, *POLICIES, *(policy + IN_WORLD for policy in POLICIES))
 FIRST_SEED, SEEDS_PER_SET = 2_500_000, 5_000
 """Inside the range that is held out of all training; every source and split has seeds of its own."""
 FRAMES = ("real", "imagined")
@@ -104,7 +107,11 @@ def score_all(config: Config, judges: dict[str, Judge]) -> list[Row]:
         if folder.name in SCRIPTS:
             record(folder, count, seed, workers=config.workers, mix=SCRIPTS[folder.name])
         else:
-            record_policy(folder, folder.name, count, seed, noisy_share=1.0, workers=config.workers)
+            acting: dict[str, str] = {}
+            if folder.name.endswith(IN_WORLD):
+                acting = {"world": "Prophet-Tabletop-v0", "checkpoint": str(_world(config))}
+            policy = folder.name.removesuffix(IN_WORLD)
+            record_policy(folder, policy, count, seed, noisy_share=1.0, workers=config.workers, **acting)
         episodes = list(EpisodeFolder(folder))[:count]
         frames = imagine(world, episodes, chunk_length=config.chunk_length, seed=config.seed + seed)
         shown = {"real": labelled_rollouts(episodes), "imagined": labelled_rollouts(episodes, frames)}
