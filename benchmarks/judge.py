@@ -2,12 +2,11 @@
 
 ``python benchmarks/judge.py`` records scripted behaviours and packaged policies that explore, in equal shares and from
 seeds that nothing was trained on, imagines the same actions in the packaged Prophet, and asks two judges about recorded
-and imagined frames: the packaged classifier, and a rule on pixels that learned nothing (``pixel_rule.py``). Policies act
-on what the simulator shows and, as they do while they learn, on what the world imagines (``-in-world``): one that sees
-its block slip tries again, one that imagines holding it goes on. Thresholds
-are chosen on the imagined rollouts of a calibration split; every figure comes from the other episodes. Writes
-``judge.json``, ``judge.md`` and two pictures. Recorded episodes and scores are kept, so that a second call only counts
-and draws.
+and imagined frames: the packaged classifier, and a rule on pixels that learned nothing (``pixel_rule.py``). Policies
+act on what the simulator shows and, as they do while they learn, on what the world imagines (``-in-world``): one that
+sees its block slip tries again, one that imagines holding it goes on. Thresholds are chosen on the imagined rollouts of
+a calibration split; every figure comes from the other episodes. Writes ``judge.json``, ``judge.md`` and two pictures.
+Recorded episodes and scores are kept, so that a second call only counts and draws.
 """
 
 from __future__ import annotations
