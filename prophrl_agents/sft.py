@@ -29,6 +29,7 @@ from torch import Tensor
 
 from prophet_gym.atomic import atomic_folder, require_replaceable
 from prophet_gym.data.folder import EpisodeFolder
+from prophet_gym.devices import fast_mixed_precision
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.loop import load_checkpoint, prepare_run, train_loop
 from prophet_gym.words import encode_instruction, split_words
@@ -80,7 +81,8 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
     frames, held_out = demonstrations.split(config.held_out, config.loop.seed)
     calls = frames[demonstrations.steps[frames] % config.policy.chunk_length == 0]
     policy = _fresh_policy(config, demonstrations, frames)
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
+    precision = fast_mixed_precision(config.loop.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
     def loss_fn(wrapped: Any, step: int) -> tuple[Tensor, dict[str, float]]:

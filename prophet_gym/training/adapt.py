@@ -23,6 +23,7 @@ from torch import Tensor
 from ..atomic import atomic_folder
 from ..audit import audit, format_audit
 from ..data.episode import Episode
+from ..devices import fast_mixed_precision
 from ..metrics.evaluate import evaluate_world_model
 from ..registration import ASSETS
 from ..strict_json import to_json
@@ -158,7 +159,8 @@ def _train(
 ) -> tuple[dict[str, Any], dict[str, float], BestAdapter]:
     """Train the adapter; returns the report of the base before training, the codec's limits, and the best weights."""
     run = config.run_folder
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
+    precision = fast_mixed_precision(config.loop.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
     transformer, vae = base.transformer, base.codec.vae.requires_grad_(False).to(accelerator.device)
     if base.requires_camera and not draws:

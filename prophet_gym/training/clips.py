@@ -30,6 +30,7 @@ from ..data.cards import Fit
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
 from ..data.windows import EpisodeWindows
+from ..devices import fast_dtype
 from ..world_model.codec import VideoCodec, to_video
 
 logger = logging.getLogger(__name__)
@@ -299,8 +300,9 @@ def _encode_missing(
 
 def _encode_windows(codec: VideoCodec, frames: torch.Tensor) -> torch.Tensor:
     """Newest latent frame (B, z, h, w) float16 of windows (B, 4, H, W, 3) uint8; of 1 or 5 frames if it is causal."""
-    # Latents are stored in half precision anyway; bf16 convolutions are twice as fast.
-    with torch.autocast(codec.vae.device.type, dtype=torch.bfloat16):
+    # Latents are stored in half precision anyway; where there are any, bf16 convolutions are twice as fast.
+    kind = codec.vae.device.type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=fast_dtype(kind) == "bfloat16"):
         if codec.folded:
             mean, _ = codec.vae.encode_groups(to_video(frames.to(codec.vae.device)))
             latents = codec.vae.normalise(mean.float())

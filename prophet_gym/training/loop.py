@@ -55,8 +55,9 @@ class LoopConfig:
     """Decay of the exponential moving average of the weights, which is what is saved."""
     seed: int = 0
     """Seed of initialisation, batches and noise."""
-    mixed_precision: str = "bf16"
-    """"no" or "bf16" (accelerate); fp16 would need a loss scaler, which two optimisers cannot share."""
+    mixed_precision: str = "auto"
+    """"no", "bf16" (accelerate), or "auto": bf16 where the hardware multiplies it, elsewhere it takes three times as
+    long; fp16 would need a loss scaler, which two optimisers cannot share."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
@@ -74,8 +75,8 @@ class LoopConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not self.grad_clip > 0.0:
             raise ValueError(f"grad_clip={self.grad_clip}: expected a norm above 0")
-        if self.mixed_precision not in ("no", "bf16"):
-            raise ValueError(f'mixed_precision={self.mixed_precision!r}: expected "no" or "bf16"')
+        if self.mixed_precision not in ("auto", "no", "bf16"):
+            raise ValueError(f'mixed_precision={self.mixed_precision!r}: expected "auto", "no" or "bf16"')
         for name in ("decay_fraction", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")

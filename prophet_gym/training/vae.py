@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..devices import fast_mixed_precision
 from ..metrics.fidelity import psnr_per_frame
 from ..strict_json import to_json
 from ..world_model.codec import VideoCodec
@@ -118,7 +119,8 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         vae.encoder.requires_grad_(not config.decoder_only)
     vae = vae.to(memory_format=torch.channels_last)
     background = to_unit(median_image(clips)[None, None])
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
+    precision = fast_mixed_precision(config.loop.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
     def loss_fn(_: FoldedVideoVAE, step: int) -> tuple[Tensor, dict[str, float]]:

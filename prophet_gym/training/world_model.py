@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..devices import fast_mixed_precision
 from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
 from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network, require_network
@@ -84,7 +85,8 @@ def train_world_model(
     if evaluate is None and config.validation is not None:
         evaluate = validator(config)
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
+    precision = fast_mixed_precision(config.loop.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
     vae = load_network(FoldedVideoVAE, Path(config.vae), torch.float32).eval().to(accelerator.device)
     vae.requires_grad_(False)
     clips = load_clips(
