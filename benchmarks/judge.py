@@ -29,7 +29,6 @@ from prophet_gym.data.folder import EpisodeFolder
 from prophet_gym.data.record import record
 from prophet_gym.judges import Judge, Objective, choose_threshold, labelled_rollouts, open_judge
 from prophet_gym.judges.calibration import auc, auc_interval, judge_rollouts, ratio, show_rate
-from prophet_gym.judges.classifier import WEIGHTS_FILE
 from prophet_gym.judges.decision import DecisionRule
 from prophet_gym.judges.operating_point import GRID, point_figures
 from prophet_gym.judges.reliability import expected_calibration_error, reliability_bins
@@ -37,7 +36,9 @@ from prophet_gym.registration import WORLDS, resolve_checkpoint
 from prophet_gym.sims.expert import FAILURES
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.imagine import imagine
+from prophet_gym.weights import locate_weights
 from prophet_gym.world_model.prophet import ProphetWorldModel
+from prophrl_agents.policies.small import ASSETS
 from prophrl_agents.record import record_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -127,11 +128,26 @@ def score_all(config: Config, judges: dict[str, Judge]) -> list[Row]:
 
 def _sets(config: Config) -> Iterator[tuple[str, Path, int, int]]:
     """Split, folder, first seed and size of every set."""
+    folder = config.out / f"data-{_digest(_acting(config))[:8]}"  # other weights act otherwise
     for index, source in enumerate(SOURCES):
         for part, (split, count) in enumerate((("calibration", config.calibration), ("test", config.episodes))):
             if not 1 <= count <= SEEDS_PER_SET:
                 raise ValueError(f"{count} episodes of {source} for {split}: expected 1 to {SEEDS_PER_SET}.")
-            yield split, config.out / "data" / split / source, FIRST_SEED + (2 * index + part) * SEEDS_PER_SET, count
+            yield split, folder / split / source, FIRST_SEED + (2 * index + part) * SEEDS_PER_SET, count
+
+
+def _acting(config: Config) -> list[Path]:
+    """Files that decide what policies do in the world."""
+    world, policies = _world(config), [locate_weights(policy, ASSETS, "config.json") for policy in POLICIES]
+    networks = [path for folder in ("transformer", "vae") for path in sorted((world / folder).glob("*.*"))]
+    return [world / "prophet.json", *networks, *(path / "model.safetensors" for path in policies)]
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _world(config: Config) -> Path:
@@ -300,11 +316,10 @@ def main(config: Config) -> None:
     path = config.judge or _world(config) / "judge"
     trained = open_judge(path)
     deciding = {name: value for name, value in asdict(config).items() if name not in ("out", "workers", "bootstrap")}
-    weights = [path / WEIGHTS_FILE if path.is_dir() else path, *sorted(_world(config).glob("*/*.safetensors"))]
     settings = {
         **deciding,
         "judge": None if config.judge is None else str(config.judge),
-        "sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],  # other weights, other scores
+        "sha256": [_digest(_acting(config)), _digest(sorted(path.glob("judge.*")) if path.is_dir() else [path])],
     }
     kept = config.out / "scores.json"
     scored = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}

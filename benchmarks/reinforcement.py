@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from prophet_gym.data.record import record_snapshots
+from prophet_gym.devices import fast_dtype
 from prophet_gym.strict_json import to_json
 from prophrl_agents.config import TABLETOP, FlowScaleConfig, TrainConfig, WorldConfig
 from prophrl_agents.environments import make_environment
@@ -116,7 +117,7 @@ def training(config: Config, run: Run) -> TrainConfig:
             checkpoint=config.checkpoint,
             judge=config.judge,
             num_inference_steps=config.num_inference_steps,
-            dtype=config.dtype,
+            dtype=fast_dtype("cpu") if config.dtype == "auto" else config.dtype,
         ),
         **changes,
     )

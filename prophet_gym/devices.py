@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["fast_dtype", "fast_mixed_precision", "require_device"]
+__all__ = ["fast_dtype", "require_device"]
 
 
 def require_device(device: str | torch.device) -> torch.device:
@@ -37,15 +37,9 @@ def fast_dtype(device: str | torch.device) -> str:
     2.10 does not tell what a processor can; then it is float32.
     """
     if torch.device(device).type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        with torch.cuda.device(device):
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if torch.device(device).type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return "float32"
     able = torch.cpu.get_capabilities()
     return "bfloat16" if any(bool(has) for name, has in able.items() if "bf16" in name) else "float32"
-
-
-def fast_mixed_precision(choice: str) -> str:
-    """Returns accelerate's name of a precision: "auto" becomes "bf16" or "no", by what a GPU, or else the CPU, is."""
-    if choice != "auto":
-        return choice
-    return "bf16" if fast_dtype("cuda" if torch.cuda.is_available() else "cpu") == "bfloat16" else "no"

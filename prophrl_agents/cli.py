@@ -87,7 +87,7 @@ def record(
     world: str | None = None,
     checkpoint: str | None = None,
 ) -> None:
-    """Record what a policy does in a simulator, for the training of a world model and its judge.
+    """Record what a policy does in a simulator or on imagined frames, to train a world model and its judge.
 
     Args:
         out: folder of the data set; episodes already there are kept and skipped.

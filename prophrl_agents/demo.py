@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prophet_gym.demo import DemoConfig as WorldDemoConfig
 from prophet_gym.demo import run_demo as run_world_demo
+from prophet_gym.devices import fast_dtype
 from prophrl_agents.config import TABLETOP, TrainConfig, WorldConfig
 from prophrl_agents.demo_report import DemoResult, write_report
 from prophrl_agents.environments import make_environment
@@ -108,7 +109,7 @@ def _training(config: DemoConfig, run: Path) -> TrainConfig:
         updates=config.updates,
         rollouts_per_update=config.rollouts,
         mini_batch=min(TABLETOP.mini_batch, config.rollouts),
-        world=WorldConfig(checkpoint=config.checkpoint, dtype="auto"),
+        world=WorldConfig(checkpoint=config.checkpoint, dtype=fast_dtype("cpu")),
         eval_env=(),
         eval_every=0,
         videos_every=0,

@@ -7,6 +7,8 @@ policy does in a world model is played in the simulator, too: commands from the 
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -17,11 +19,12 @@ import numpy as np
 import torch
 
 import prophet_gym
+from prophet_gym.actions import ActionSpec
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.record import open_simulator, play, record_set
-from prophet_gym.errors import nearest
+from prophet_gym.env import ProphetEnv
 from prophet_gym.observations import make_observation
-from prophet_gym.registration import WORLDS
+from prophet_gym.registration import find_world
 from prophet_gym.sims.simulator import Simulator, take_snapshot
 from prophet_gym.simulators import SIMULATORS
 from prophrl_agents.policies.base import SampleMode
@@ -50,9 +53,9 @@ def record_policy(
 ) -> int:
     """Record a policy's episodes with seeds ``seed`` to ``seed + episodes - 1``; those already there are skipped.
 
-    An episode is a pure function of weights and seed. Scenes, labels and layout are those of ``prophet record``; the
-    recorded behaviour is "policy", or "noisy_policy" where the policy explored as it does while it learns; it ends in
-    "_in_world" where the policy saw imagined frames.
+    An episode is a pure function of seed and weights, those of the world included. Scenes, labels and layout are those
+    of ``prophet record``; the recorded behaviour is "policy", or "noisy_policy" where the policy explored as it does
+    while it learns; it ends in "_in_world" where the policy saw imagined frames.
 
     Args:
         out: folder of the set, made if absent.
@@ -75,35 +78,38 @@ def record_policy(
 
     Raises:
         MissingExtraError: the simulator's project is not installed, or lacks assets.
-        ValueError: counts or shares out of range, no policy for that simulator in that folder, an unknown world or one
-            that does not fit, or a checkpoint without a world.
+        MissingCheckpointError: the world has no weights.
+        ValueError: counts or shares out of range, no policy for that simulator in that folder, an unknown world, one
+            that takes other commands or shorter chunks, a checkpoint without a world, or a folder with episodes of
+            policies that saw something else.
     """
     if steps < 1 or not 0.0 <= noisy_share <= 1.0:
         raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
     if world is None and checkpoint is not None:
         raise ValueError(f"checkpoint={checkpoint!r} is of a world model, and none is named; give world='Prophet-...'")
-    if world is not None and world not in WORLDS:
-        raise ValueError(f"world={world!r}: expected one of {sorted(WORLDS)}.{nearest(world, WORLDS)}")
     found = _load(str(policy), noise_level)
     if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
         options = {"image_size": found.config.image_size, **options}
     simulator = partial(open_simulator, env_id, **options)
     sim = simulator()
-    dimensions, size = sim.action_spec.action_dim, sim.image_size
+    spec, size, dimensions = sim.action_spec, sim.image_size, sim.action_spec.action_dim
     sim.close()
     if found.action_dim != dimensions or size != (found.config.image_size, found.config.image_size):
         raise ValueError(
             f"the policy in {policy} gives commands of {found.action_dim} numbers from images of "
             f"{found.config.image_size} pixels; {env_id} takes {dimensions} and shows {size}"
         )
+    imagined = None if world is None else _Imagined(world, checkpoint, found.chunk_length, steps, size)
+    if imagined is not None:
+        imagined.require_conventions(spec, env_id)
+    _require_one_way(Path(out), world)
     make = partial(
         _play_policy,
         policy=str(policy),
         steps=steps,
         noisy_share=noisy_share,
         noise_level=noise_level,
-        world=world,
-        checkpoint=checkpoint,
+        imagined=imagined,
     )
     return record_set(out, episodes, seed, make, workers, progress, simulator)
 
@@ -117,10 +123,63 @@ def _load(folder: str, noise_level: float) -> SmallFlowPolicy:
     return policy
 
 
+@dataclass(frozen=True)
+class _Imagined:
+    """The world model in whose frames a policy acts."""
+
+    world: str
+    checkpoint: str | None
+    chunk_length: int
+    steps: int
+    image_size: tuple[int, int]
+
+    @property
+    def chunks(self) -> int:
+        """Policy calls of an episode."""
+        return -(-self.steps // self.chunk_length)
+
+    def open(self) -> ProphetEnv:
+        """Makes the environment; its judge is not asked."""
+        env = gym.make(
+            find_world(self.world).id,
+            checkpoint=self.checkpoint,
+            chunk_length=self.chunk_length,
+            horizon=self.chunks * self.chunk_length,
+            image_size=self.image_size,
+            judge=lambda frames, instruction: False,
+            disable_env_checker=True,
+        )
+        found: Any = env.unwrapped
+        return found
+
+    def require_conventions(self, spec: ActionSpec, env_id: str) -> None:
+        """Requires, before anything is written, that commands mean the same in the simulator.
+
+        Raises:
+            ValueError: they do not, or the world cannot be opened.
+        """
+        env = self.open()
+        names = ("num_effectors", "delta", "rotation", "gripper", "position_scale", "rotation_scale")
+        other = {name: getattr(env.world_model.action_spec, name) for name in names}
+        differing = [f"{n}={v!r} (expected {getattr(spec, n)!r})" for n, v in other.items() if v != getattr(spec, n)]
+        env.close()
+        if differing:
+            raise ValueError(f"{self.world} takes other commands than {env_id}: {', '.join(differing)}")
+
+
+def _require_one_way(folder: Path, world: str | None) -> None:
+    there = next(folder.glob("episode_*/meta.json"), None)
+    found = world if there is None else json.loads(there.read_text())["metadata"].get("world")
+    if found != world:
+        raise ValueError(
+            f"{folder} holds episodes of policies that saw {found or 'the simulator'}, expected "
+            f"{world or 'the simulator'}; give each a folder of its own"
+        )
+
+
 @lru_cache(maxsize=1)
-def _open_world(world: str, checkpoint: str | None, chunk_length: int, horizon: int) -> gym.Env:
-    given: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
-    return gym.make(world, chunk_length=chunk_length, horizon=horizon, disable_env_checker=True, **given)
+def _open(imagined: _Imagined) -> ProphetEnv:
+    return imagined.open()
 
 
 def _play_policy(
@@ -131,8 +190,7 @@ def _play_policy(
     steps: int,
     noisy_share: float,
     noise_level: float,
-    world: str | None,
-    checkpoint: str | None,
+    imagined: _Imagined | None,
 ) -> Episode:
     actor = _load(policy, noise_level)
     actor.reset()
@@ -148,16 +206,17 @@ def _play_policy(
 
     sim.reset(seed=seed)
     behaviour = "noisy_policy" if noisy else "policy"
-    if world is None:
+    if imagined is None:
         return play(sim, seed, act, steps=steps, behaviour=behaviour)
-    chunks = -(-steps // actor.chunk_length)
-    env = _open_world(world, checkpoint, actor.chunk_length, chunks * actor.chunk_length)
-    commands = iter(_imagined_commands(env, actor, sim, seed, generator, mode, chunks))
-    return play(sim, seed, lambda _: next(commands), steps=steps, behaviour=f"{behaviour}_in_world")
+    env = _open(imagined)
+    commands = iter(_imagined_commands(env, actor, sim, seed, generator, mode, imagined.chunks))
+    episode = play(sim, seed, lambda _: next(commands), steps=steps, behaviour=f"{behaviour}_in_world")
+    weights = env.world_model.checkpoint_info["name"]
+    return replace(episode, metadata={**episode.metadata, "world": imagined.world, "checkpoint": weights})
 
 
 def _imagined_commands(
-    env: gym.Env,
+    env: ProphetEnv,
     actor: SmallFlowPolicy,
     sim: Simulator,
     seed: int,
@@ -167,9 +226,10 @@ def _imagined_commands(
 ) -> np.ndarray:
     """Returns the commands (chunks * CH, D) of a policy that sees what a world model imagines from here on."""
     seen, _ = env.reset(seed=seed, options={"snapshot": take_snapshot(sim)})
-    commands = []
-    for _ in range(chunks):
+    commands: list[np.ndarray] = []
+    while True:
         batch = {"image": seen["image"][None], "state": seen["state"][None], "instruction": [sim.instruction]}
         commands.append(actor.predict_action_chunk(batch, generator, mode)[0].numpy())
+        if len(commands) == chunks:
+            return np.concatenate(commands)
         seen, *_ = env.step(commands[-1])
-    return np.concatenate(commands)

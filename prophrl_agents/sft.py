@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ from torch import Tensor
 
 from prophet_gym.atomic import atomic_folder, require_replaceable
 from prophet_gym.data.folder import EpisodeFolder
-from prophet_gym.devices import fast_mixed_precision
 from prophet_gym.strict_json import to_json
-from prophet_gym.training.loop import load_checkpoint, prepare_run, train_loop
+from prophet_gym.training.loop import load_checkpoint, prepare_run, settled, train_loop
 from prophet_gym.words import encode_instruction, split_words
 from prophrl_agents.augment import augment_images
 from prophrl_agents.batch import Start
@@ -69,6 +68,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
         raise ValueError(f"data={config.data!r}; expected a tuple with one or more folders of episodes")
     run = Path(config.run)
     require_replaceable(run / "policy", True, POLICY_FILES)
+    config = replace(config, loop=settled(config.loop))
     prepare_run(run, {key: value for key, value in asdict(config).items() if key != "resume"}, config.resume)
     folders = [EpisodeFolder(folder, camera_name=config.camera_name) for folder in config.data]
     demonstrations = read_demonstrations(
@@ -81,8 +81,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
     frames, held_out = demonstrations.split(config.held_out, config.loop.seed)
     calls = frames[demonstrations.steps[frames] % config.policy.chunk_length == 0]
     policy = _fresh_policy(config, demonstrations, frames)
-    precision = fast_mixed_precision(config.loop.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
     def loss_fn(wrapped: Any, step: int) -> tuple[Tensor, dict[str, float]]:

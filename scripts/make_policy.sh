@@ -11,7 +11,7 @@ P.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.float16)
 }
 
 [ -e "$runs/sft/policy/config.json" ] || "$prophrl" sft tabletop --data "$runs/data/train" --run "$runs/sft" --steps 2050 \
-  --mixed-precision bf16 --eval-every 0 $(resume "$runs/sft")
+  --mixed-precision auto --eval-every 0 $(resume "$runs/sft")
 export_half "$runs/sft/policy" "$runs/policies/tabletop-sft"
 
 "$(dirname "$prophrl")/python" benchmarks/reinforcement.py --policy "$runs/policies/tabletop-sft" --out "$runs/learned" \

@@ -38,7 +38,7 @@ world "$runs/world" --motion-weight 3 --object-weight 16 --init "$runs/second/pr
 # What goes wrong: more contact that fails, and what a policy does that imitates badly, as deployed and as it explores.
 imitation="$runs/imitation"
 [ -e "$imitation/policy/config.json" ] || "$prophrl" sft tabletop --data "$runs/data/train" --run "$imitation" --steps 1800 \
-  --mixed-precision bf16 --eval-every 600 $(resume "$imitation")
+  --mixed-precision auto --eval-every 600 $(resume "$imitation")
 "$prophet" record "$runs/data/extra" --episodes 1522 --seed 200000 --mix half_good 4 random 2 close_early 1 drop 1 \
   never_close 1 wrong_place 0.5 push_aside 1 hover 0.25 expert 0.5
 "$prophrl" record "$runs/data/extra" --policy "$imitation/policy" --episodes 1016 --seed 4000000 --noisy-share 0.6

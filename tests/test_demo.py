@@ -68,7 +68,10 @@ def test_what_a_policy_does_in_a_world_is_played_in_the_simulator(tmp_path):
     record_policy(tmp_path / "world", "tabletop-sft", 1, 5, world="Prophet-Tabletop-v0", **options)
     record_policy(tmp_path / "simulator", "tabletop-sft", 1, 5, **options)
     episode, plain = EpisodeFolder(tmp_path / "world")[0], EpisodeFolder(tmp_path / "simulator")[0]
-    assert episode.metadata["behaviour"] == "policy_in_world"
+    about = [episode.metadata[name] for name in ("behaviour", "world", "checkpoint")]
+    assert about == ["policy_in_world", "Prophet-Tabletop-v0", "prophet-tabletop-tiny"]
+    with pytest.raises(ValueError, match="saw the simulator, expected Prophet-Tabletop-v0; give each a folder"):
+        record_policy(tmp_path / "simulator", "tabletop-sft", 2, 5, world="Prophet-Tabletop-v0", **options)
     policy, rng = SmallFlowPolicy.from_pretrained("tabletop-sft"), np.random.default_rng((5, 3))
     rng.random()
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -91,8 +94,13 @@ def test_what_a_policy_does_in_a_world_is_played_in_the_simulator(tmp_path):
     ("options", "message"),
     [
         ({"noisy_share": 2.0}, "share from 0 to 1"),
-        ({"world": "Prophet-Tabeltop-v0"}, r"expected one of .*Did you mean 'Prophet-Tabletop-v0'"),
+        ({"world": "Prophet-Tabeltop-v0"}, r"Unknown world .*Did you mean 'Prophet-Tabletop-v0'"),
         ({"checkpoint": "mine"}, "none is named"),
+        (
+            {"world": "Prophet-Custom-v0", "checkpoint": "bridge"},
+            r"other commands than Tabletop-v0: .*rotation='euler_xyz'",
+        ),
+        ({"world": "Prophet-Tabletop-v0", "checkpoint": "bridge"}, "speaks 'tabletop' actions"),
         ({"steps": 0}, "steps=0"),
         ({}, "episodes=0"),
         ({"task": "3"}, "Tabletop-v0 has no task"),

@@ -115,7 +115,7 @@ def test_the_command_records_judges_and_draws(tmp_path: Path, monkeypatch: pytes
     assert "| real | pixel rule at 0.5 (0.50) |" in (tmp_path / "judge.md").read_text()
     for name in ("judge_operating.png", "judge_sources.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    (meta, *_) = (tmp_path / "data" / "test" / "tabletop-sft-in-world").glob("*/meta.json")
+    (meta, *_) = tmp_path.glob("data-*/test/tabletop-sft-in-world/*/meta.json")
     assert json.loads(meta.read_text())["metadata"]["behaviour"] == "noisy_policy_in_world"
     before = (tmp_path / "judge.json").read_bytes()
     monkeypatch.setattr(benchmark, "score_all", lambda *_: pytest.fail("scored again"))

@@ -398,9 +398,9 @@ def test_training_rollout_keeps_the_recorded_target(sampler: ChunkSampler, confi
 
 @pytest.mark.parametrize(("able", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no")])
 def test_automatic_precision_asks_the_processor(monkeypatch, able, expected):
-    from prophet_gym.devices import fast_mixed_precision
+    from prophet_gym.training.loop import settled
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert LoopConfig().mixed_precision == "auto"
-    assert [fast_mixed_precision(choice) for choice in ("auto", "no", "bf16")] == [expected, "no", "bf16"]
+    found = [settled(LoopConfig(mixed_precision=choice)).mixed_precision for choice in ("auto", "no", "bf16")]
+    assert found == [expected, "no", "bf16"]

@@ -181,8 +181,9 @@ class ClassifierJudge:
         """Loads a judge written by :meth:`save_pretrained`; computes in float32.
 
         Raises:
-            ValueError: if files are missing, corrupt, or belong to something else.
+            ValueError: if files are missing, corrupt, or belong to something else, or there is no such device.
         """
+        require_device(device)
         folder = Path(directory)
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
         if missing:

@@ -23,7 +23,6 @@ from torch import Tensor
 from ..atomic import atomic_folder
 from ..audit import audit, format_audit
 from ..data.episode import Episode
-from ..devices import fast_mixed_precision
 from ..metrics.evaluate import evaluate_world_model
 from ..registration import ASSETS
 from ..strict_json import to_json
@@ -39,7 +38,7 @@ from .best import BestAdapter
 from .chunks import ChunkSampler
 from .clips import encode_clips, load_clips
 from .config import ObjectiveConfig
-from .loop import prepare_run, train_loop
+from .loop import prepare_run, settled, train_loop
 from .model_card import model_card
 from .world_model import chunk_loss, drawn_size, validation_numbers
 
@@ -70,6 +69,7 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
     folder = locate_weights(config.base, ASSETS, "prophet.json")
     if config.keep_judge and not (folder / "judge").is_dir():
         raise ValueError(f"{config.base} has no judge/; leave --keep-judge out")
+    config = replace(config, loop=settled(config.loop))
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     prepare_run(config.run_folder, settings, config.resume)
     base = ProphetWorldModel.from_pretrained(folder)
@@ -159,8 +159,7 @@ def _train(
 ) -> tuple[dict[str, Any], dict[str, float], BestAdapter]:
     """Train the adapter; returns the report of the base before training, the codec's limits, and the best weights."""
     run = config.run_folder
-    precision = fast_mixed_precision(config.loop.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
     transformer, vae = base.transformer, base.codec.vae.requires_grad_(False).to(accelerator.device)
     if base.requires_camera and not draws:

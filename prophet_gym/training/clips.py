@@ -254,7 +254,8 @@ def encode_clips(vae: Any, clips: ClipArrays, cache: str | Path, batch: int = 16
     weights = hashlib.sha256(json.dumps([vae.config.latents_mean, vae.config.latents_std]).encode())
     for parameter in vae.parameters():
         weights.update(parameter.detach().cpu().float().numpy().tobytes())
-    stamp = {"shape": list(shape), "content": clips.content, "vae": weights.hexdigest()}
+    precision = fast_dtype(next(vae.parameters()).device)
+    stamp = {"shape": list(shape), "content": clips.content, "vae": weights.hexdigest(), "precision": precision}
     with _content_folder(cache, stamp) as folder:
         _encode_missing(codec, clips.frames, grid, shape, folder, batch)
     return LatentArrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("single", "group")))

@@ -14,17 +14,18 @@ import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..atomic import atomic_text
+from ..devices import fast_dtype
 from ..strict_json import to_json
 from .parallel import gathered, keep_gradients, shard_as, shard_optimizer_state
 
@@ -56,8 +57,8 @@ class LoopConfig:
     seed: int = 0
     """Seed of initialisation, batches and noise."""
     mixed_precision: str = "auto"
-    """"no", "bf16" (accelerate), or "auto": bf16 where the hardware multiplies it, elsewhere it takes three times as
-    long; fp16 would need a loss scaler, which two optimisers cannot share."""
+    """"no", "bf16" (accelerate), or "auto": bf16 where the hardware multiplies it; emulated, it takes three times as
+    long as float32. fp16 would need a loss scaler, which two optimisers cannot share."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
@@ -86,6 +87,14 @@ class LoopConfig:
         warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         decay_steps = max(1, round(self.decay_fraction * self.steps))
         return min(warm, max(0.0, (self.steps - step) / decay_steps), 1.0)
+
+
+def settled(loop: LoopConfig) -> LoopConfig:
+    """Returns the configuration with the precision that runs here for "auto": what a run stores, and goes on with."""
+    if loop.mixed_precision != "auto":
+        return loop
+    found = fast_dtype(PartialState().device)
+    return replace(loop, mixed_precision="bf16" if found == "bfloat16" else "no")
 
 
 def atomic_save(values: dict[str, Any], path: Path) -> None:

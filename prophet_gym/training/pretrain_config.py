@@ -95,6 +95,10 @@ class PretrainConfig:
             raise ValueError(f"gate_fraction={self.gate_fraction}: expected a share from 0 to 1")
         if self.parallel not in ("ddp", "fsdp2"):
             raise ValueError(f'parallel={self.parallel!r}: expected "ddp" or "fsdp2"')
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f'mixed_precision={self.mixed_precision!r}: expected "no" or "bf16", which the plan counts'
+            )
         self.objective(self.action_frames, 1)
 
     def steps(self, clips: int, processes: int) -> int:

@@ -11,14 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..devices import fast_mixed_precision
 from ..metrics.fidelity import psnr_per_frame
 from ..strict_json import to_json
 from ..world_model.codec import VideoCodec
 from ..world_model.prophet import load_network
 from ..world_model.video_vae import FoldedVideoVAE
 from .clips import ClipArrays, ClipSource, load_clips
-from .loop import LoopConfig, prepare_run, train_loop
+from .loop import LoopConfig, prepare_run, settled, train_loop
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         ValueError: bad data or an existing run without ``resume``.
     """
     run = Path(config.run)
+    config = replace(config, loop=settled(config.loop))
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
     clips = load_clips(config.data, Path(config.cache) / "train", source=config.source, one_robot=False)
     length, needed = clips.actions.shape[1], VideoCodec.temporal_stride * config.groups
@@ -119,8 +119,7 @@ def train_vae(config: VAEConfig) -> dict[str, float]:
         vae.encoder.requires_grad_(not config.decoder_only)
     vae = vae.to(memory_format=torch.channels_last)
     background = to_unit(median_image(clips)[None, None])
-    precision = fast_mixed_precision(config.loop.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     accelerator.init_trackers("tensorboard")
 
     def loss_fn(_: FoldedVideoVAE, step: int) -> tuple[Tensor, dict[str, float]]:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..devices import fast_mixed_precision
 from ..metrics.evaluate import evaluate_world_model
 from ..world_model.presets import preset
 from ..world_model.prophet import ProphetConfig, ProphetWorldModel, load_network, require_network
@@ -21,7 +20,7 @@ from ..world_model.video_vae import FoldedVideoVAE
 from .chunks import ChunkSampler
 from .clips import encode_clips, load_clips
 from .config import ObjectiveConfig, WorldModelConfig
-from .loop import prepare_run, train_loop
+from .loop import prepare_run, settled, train_loop
 from .objective import velocity_loss
 from .self_rollout import SelfRollout
 
@@ -84,9 +83,9 @@ def train_world_model(
         require_network(Path(config.init) / "transformer")
     if evaluate is None and config.validation is not None:
         evaluate = validator(config)
+    config = replace(config, loop=settled(config.loop))
     prepare_run(run, {k: v for k, v in asdict(config).items() if k != "resume"}, config.resume)
-    precision = fast_mixed_precision(config.loop.mixed_precision)
-    accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=run)
+    accelerator = Accelerator(mixed_precision=config.loop.mixed_precision, log_with="tensorboard", project_dir=run)
     vae = load_network(FoldedVideoVAE, Path(config.vae), torch.float32).eval().to(accelerator.device)
     vae.requires_grad_(False)
     clips = load_clips(
