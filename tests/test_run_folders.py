@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from reach import make_reach, make_reach_policy
 from small_policy import make_policy
 
-from prophet_gym.training.loop import LoopConfig, load_checkpoint, prepare_run, train_loop
+from prophet_gym.training.loop import LoopConfig, load_checkpoint, prepare_run, settled, train_loop
 from prophrl_agents.config import TrainConfig
 from prophrl_agents.run_folder import RunFolder
 from prophrl_agents.trainer import GRPOTrainer
@@ -172,3 +172,11 @@ def test_a_checkpoint_holds_the_seconds_of_all_sessions(tmp_path: Path) -> None:
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoopConfig(**changes)
+
+
+@pytest.mark.parametrize(("able", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no")])
+def test_automatic_precision_asks_the_processor(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert LoopConfig().mixed_precision == "auto"
+    found = [settled(LoopConfig(mixed_precision=choice)).mixed_precision for choice in ("auto", "no", "bf16")]
+    assert found == [expected, "no", "bf16"]

@@ -394,13 +394,3 @@ def test_training_rollout_keeps_the_recorded_target(sampler: ChunkSampler, confi
         start = batch.latents[0, :, 0]
         singles = torch.from_numpy(np.array(sampler.latents.single)).float().flatten(0, 1)
         assert (singles - start).abs().amax(dim=(1, 2, 3)).min() > 0.05  # imagined, not recorded
-
-
-@pytest.mark.parametrize(("able", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no")])
-def test_automatic_precision_asks_the_processor(monkeypatch, able, expected):
-    from prophet_gym.training.loop import settled
-
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert LoopConfig().mixed_precision == "auto"
-    found = [settled(LoopConfig(mixed_precision=choice)).mixed_precision for choice in ("auto", "no", "bf16")]
-    assert found == [expected, "no", "bf16"]
