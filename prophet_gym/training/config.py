@@ -3,7 +3,7 @@
 Departures from the paper, each a field: rectified-flow velocity loss, as Cosmos-Predict2 trains (the paper writes noise
 prediction); clips of random length, so that every chunk length works; chunks with a possible contact are drawn more
 often and its place weighs more; the start frame and the history are blurred by a little noise and, in a share of the
-steps, imagined, because in a rollout they are the model's own.
+steps, imagined, because in a rollout they are the model's own. For one denoising step there is also the energy score.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from .clips import ClipSource
 from .loop import LoopConfig
@@ -44,6 +45,9 @@ class ObjectiveConfig:
     presence_weight: float = 0.0
     """Extra loss weight of the latent positions around labelled objects (where they truly are). It favours an object in
     each of several likely places over its faded mean."""
+    objective: Literal["velocity", "energy"] = "velocity"
+    """"velocity" (rectified flow, any number of denoising steps) or "energy" (energy score of two samples, one step:
+    noise decides what is open)."""
     num_inference_steps: int = 4
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -52,6 +56,13 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.action_frames not in ("none", "pooled", "spatial"):
             raise ValueError(f'action_frames={self.action_frames!r}: expected "none", "pooled" or "spatial"')
+        if self.objective not in ("velocity", "energy"):
+            raise ValueError(f'objective={self.objective!r}: expected "velocity" or "energy"')
+        if self.objective == "energy" and self.num_inference_steps != 1:
+            raise ValueError(
+                f"objective='energy' trains one denoising step, got num_inference_steps={self.num_inference_steps}; "
+                "give 1, or train on velocity"
+            )
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
