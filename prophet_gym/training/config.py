@@ -45,9 +45,9 @@ class ObjectiveConfig:
     presence_weight: float = 0.0
     """Extra loss weight of the latent positions around labelled objects (where they truly are). It favours an object in
     each of several likely places over its faded mean."""
-    objective: Literal["velocity", "energy"] = "velocity"
-    """"velocity" (rectified flow, any number of denoising steps) or "energy" (energy score of two samples, one step:
-    noise decides what is open)."""
+    objective: Literal["velocity", "median", "energy"] = "velocity"
+    """"velocity": rectified flow, any number of denoising steps. For one step: "median", the most likely outcome, and
+    "energy", the energy score of two samples, where noise decides what is open."""
     num_inference_steps: int = 4
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -56,12 +56,12 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.action_frames not in ("none", "pooled", "spatial"):
             raise ValueError(f'action_frames={self.action_frames!r}: expected "none", "pooled" or "spatial"')
-        if self.objective not in ("velocity", "energy"):
-            raise ValueError(f'objective={self.objective!r}: expected "velocity" or "energy"')
-        if self.objective == "energy" and self.num_inference_steps != 1:
+        if self.objective not in ("velocity", "median", "energy"):
+            raise ValueError(f'objective={self.objective!r}: expected "velocity", "median" or "energy"')
+        if self.objective != "velocity" and self.num_inference_steps != 1:
             raise ValueError(
-                f"objective='energy' trains one denoising step, got num_inference_steps={self.num_inference_steps}; "
-                "give 1, or train on velocity"
+                f"objective={self.objective!r} trains one denoising step, got num_inference_steps="
+                f"{self.num_inference_steps}; give 1, or train on velocity"
             )
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:

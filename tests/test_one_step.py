@@ -1,4 +1,4 @@
-"""The energy score: least for samples that are as often one outcome or the other as the truth."""
+"""What losses of one denoising step are least for: the likelier outcome, or one as often as the truth is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from prophet_gym.training.chunks import ChunkBatch
 from prophet_gym.training.config import ObjectiveConfig
-from prophet_gym.training.energy import energy_loss, energy_score
 from prophet_gym.training.objective import ChunkNoise
+from prophet_gym.training.one_step import energy_loss, energy_score, median_loss
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.transformer import ProphetTransformer
 
@@ -43,6 +43,31 @@ def test_the_best_samples_are_as_often_lifted_as_the_truth(share: float) -> None
     faded = expected([(1.0, (1 - share) * missed + share * lifted)], share)
     doubled = expected([(1.0, missed + lifted)], share)
     assert scores[share] < 0.9 * min(faded, doubled)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_the_median_is_the_likelier_outcome_and_not_a_mixture(share: float) -> None:
+    missed, lifted = outcomes()
+    network = ProphetTransformer(**preset("tiny", latent_channels=8, num_attention_heads=1, action_frames="none"))
+    config = ObjectiveConfig(action_frames="none", objective="median", num_inference_steps=1)
+
+    def loss(shown: torch.Tensor) -> float:
+        def distance(truth: torch.Tensor) -> float:
+            latents = torch.cat([torch.zeros(1, 8, 1, 8, 8), truth[None]], dim=2)
+            near = torch.zeros(1, 2, 8, 8)
+            batch = ChunkBatch(latents, torch.zeros(1, 8, 15, 8, 8), torch.zeros(1, 20, 1, 7), None, near, near)
+
+            def model(inputs: torch.Tensor, *_: object) -> torch.Tensor:
+                return inputs - torch.cat([inputs[:, :, :1], shown[None]], dim=2)
+
+            return float(median_loss(model, network, batch, config, 0)[0])
+
+        return share * distance(lifted) + (1 - share) * distance(missed)
+
+    likelier = lifted if share > 0.5 else missed
+    mixtures = [p * missed + q * lifted for p, q in ((1 - share, share), (1.0, 1.0), (0.5, 0.5), (0.0, 0.0))]
+    mixtures.append(missed if share > 0.5 else lifted)
+    assert loss(likelier) < 0.99 * min(map(loss, mixtures))
 
 
 def test_exact_samples_score_nothing_and_their_gradient_is_finite() -> None:
@@ -97,5 +122,5 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk() -> No
 def test_energy_is_for_one_step() -> None:
     with pytest.raises(ValueError, match="trains one denoising step, got num_inference_steps=4"):
         ObjectiveConfig(objective="energy")
-    with pytest.raises(ValueError, match='expected "velocity" or "energy"'):
+    with pytest.raises(ValueError, match='expected "velocity", "median"'):
         ObjectiveConfig(objective="mean")  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""The energy score: a loss for denoisers of one step, under which noise decides what is open.
+"""Losses for denoisers of one step: the most likely outcome, or samples of what may happen.
 
 Trained on velocity, a denoiser of one step shows the mean of what may happen: a block that may be lifted or missed is
-faintly in both places. The energy score of two samples (Gneiting & Raftery 2007, Eq. 21, beta = 1) is least, in
-expectation, for samples of the true distribution: one outcome or the other, each as often as it happens.
+faintly in both places. Distances, not their squares, from the truth are least for the (geometric) median, which of two
+outcomes is the likelier one. The energy score of two samples (Gneiting & Raftery 2007, Eq. 21, beta = 1) is least for
+samples of the true distribution: one outcome or the other, each as often as it happens.
 """
 
 from __future__ import annotations
@@ -59,6 +60,18 @@ def _root(square: Tensor) -> Tensor:
     return (square + _FLAT**2).sqrt() - _FLAT
 
 
+def median_loss(
+    model: Callable[..., Tensor],
+    transformer: ProphetTransformer,
+    batch: ChunkBatch,
+    config: ObjectiveConfig,
+    step: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """Distance of one one-step sample of each chunk from the truth; noise and weights as in :func:`energy_loss`."""
+    samples, truth, weight = _samples(1, model, transformer, batch, config, step)
+    return _distances(samples[0], truth, weight).mean(), _errors(samples, truth, batch.coverage)
+
+
 def energy_loss(
     model: Callable[..., Tensor],
     transformer: ProphetTransformer,
@@ -70,24 +83,43 @@ def energy_loss(
 
     Places weigh by ``object_weight`` alone: ``motion_weight`` and ``presence_weight`` follow from what happened.
     """
-    generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
-    noise = ChunkNoise.draw(batch.latents.shape, batch.history.shape, replace(config, first_step=1.0), generator)
-    other = replace(noise, target=torch.randn(noise.target.shape, generator=generator))
-    given = [NoisyChunks.of(batch.latents, batch.history, drawn) for drawn in (noise, other)]
-    inputs, history, mask, times = (
-        torch.cat([getattr(part, field.name) for part in given]).to(transformer.device) for field in fields(NoisyChunks)
-    )
-    drawn = None if batch.action_frames is None else batch.action_frames.to(transformer.device).repeat(2, 1, 1, 1, 1)
-    condition = transformer.condition(batch.actions.to(transformer.device).repeat(2, 1, 1, 1), drawn, history)
-    velocity = model(inputs, mask, times, condition)[:, :, 1:].float()
-    samples = (inputs[:, :, 1:] - velocity).unflatten(0, (2, -1))
-    truth = batch.latents[:, :, 1:].to(samples)
-    weight = 1.0 + config.object_weight * batch.coverage.to(samples)
-    apart = (samples[0] - samples[1]).square().mean(dim=1)
-    numbers = {"sample_mse": (samples - truth).square().mean().item(), "sample_spread": apart.mean().item() / 2.0}
+    samples, truth, weight = _samples(2, model, transformer, batch, config, step)
+    spread = (samples[0] - samples[1]).square().mean(dim=1) / 2.0
+    numbers = {**_errors(samples, truth, batch.coverage), "sample_spread": spread.mean().item()}
     coverage = batch.coverage.to(samples)
     if coverage.any():
-        error = (samples - truth).square().mean(dim=(0, 2))
-        numbers["sample_mse_object"] = ((coverage * error).sum() / coverage.sum()).item()
-        numbers["sample_spread_object"] = ((coverage * apart).sum() / coverage.sum()).item() / 2.0
+        numbers["sample_spread_object"] = ((coverage * spread).sum() / coverage.sum()).item()
     return energy_score(samples, truth, weight).mean(), numbers
+
+
+def _samples(
+    count: int,
+    model: Callable[..., Tensor],
+    transformer: ProphetTransformer,
+    batch: ChunkBatch,
+    config: ObjectiveConfig,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples (count, B, z, T - 1, h, w) that differ in the noise alone, the truth (B, ...) and weights of places."""
+    generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
+    noise = ChunkNoise.draw(batch.latents.shape, batch.history.shape, replace(config, first_step=1.0), generator)
+    others = [replace(noise, target=torch.randn(noise.target.shape, generator=generator)) for _ in range(count - 1)]
+    given = [NoisyChunks.of(batch.latents, batch.history, each) for each in (noise, *others)]
+    device = transformer.device
+    inputs, history, mask, times = (
+        torch.cat([getattr(part, field.name) for part in given]).to(device) for field in fields(NoisyChunks)
+    )
+    drawn = None if batch.action_frames is None else batch.action_frames.to(device).repeat(count, 1, 1, 1, 1)
+    condition = transformer.condition(batch.actions.to(device).repeat(count, 1, 1, 1), drawn, history)
+    velocity = model(inputs, mask, times, condition)[:, :, 1:].float()
+    samples = (inputs[:, :, 1:] - velocity).unflatten(0, (count, -1))
+    return samples, batch.latents[:, :, 1:].to(samples), 1.0 + config.object_weight * batch.coverage.to(samples)
+
+
+def _errors(samples: Tensor, truth: Tensor, coverage: Tensor) -> dict[str, float]:
+    """Mean square error of samples, and that near hands and objects where there are any."""
+    error, near = (samples - truth).square().mean(dim=(0, 2)), coverage.to(samples)
+    numbers = {"sample_mse": error.mean().item()}
+    if near.any():
+        numbers["sample_mse_object"] = ((near * error).sum() / near.sum()).item()
+    return numbers
