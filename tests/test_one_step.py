@@ -93,9 +93,7 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk() -> No
     near = torch.rand(2, 2, 8, 8, generator=generator)
     batch = ChunkBatch(latents, torch.zeros(2, 8, 15, 8, 8), torch.zeros(2, 20, 1, 7), None, near, 1 - near)
     network = ProphetTransformer(**preset("tiny", latent_channels=8, num_attention_heads=1, action_frames="none"))
-    config = ObjectiveConfig(
-        action_frames="none", object_weight=3.0, presence_weight=9.0, objective="energy", num_inference_steps=1
-    )
+    config = ObjectiveConfig(action_frames="none", object_weight=3.0, objective="energy", num_inference_steps=1)
     seen = []
 
     def model(inputs: torch.Tensor, mask: torch.Tensor, times: torch.Tensor, condition: object) -> torch.Tensor:
@@ -117,6 +115,11 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk() -> No
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
     apart = (samples[0] - samples[1]).square().mean()
     assert numbers["sample_spread"] == pytest.approx(float(apart) / 2, rel=1e-5)
+
+
+def test_outcomes_do_not_weigh() -> None:
+    with pytest.raises(ValueError, match="presence_weight=9.0: what happened must not decide"):
+        ObjectiveConfig(objective="median", num_inference_steps=1, presence_weight=9.0)
 
 
 def test_energy_is_for_one_step() -> None:

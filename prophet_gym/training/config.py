@@ -63,6 +63,11 @@ class ObjectiveConfig:
                 f"objective={self.objective!r} trains one denoising step, got num_inference_steps="
                 f"{self.num_inference_steps}; give 1, or train on velocity"
             )
+        if self.objective != "velocity" and self.motion_weight + self.presence_weight > 0:
+            raise ValueError(
+                f"objective={self.objective!r} with motion_weight={self.motion_weight} and presence_weight="
+                f"{self.presence_weight}: what happened must not decide what weighs more; give 0, or train on velocity"
+            )
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")

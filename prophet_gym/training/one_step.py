@@ -81,7 +81,7 @@ def energy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Energy score of two one-step samples of each chunk; all noise follows from (seed, step).
 
-    Places weigh by ``object_weight`` alone: ``motion_weight`` and ``presence_weight`` follow from what happened.
+    Places weigh by ``object_weight``, which start frames and commands decide.
     """
     samples, truth, weight = _samples(2, model, transformer, batch, config, step)
     spread = (samples[0] - samples[1]).square().mean(dim=1) / 2.0
