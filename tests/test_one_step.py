@@ -8,7 +8,7 @@ import torch
 from prophet_gym.training.chunks import ChunkBatch
 from prophet_gym.training.config import ObjectiveConfig
 from prophet_gym.training.objective import ChunkNoise
-from prophet_gym.training.one_step import energy_loss, energy_score, median_loss
+from prophet_gym.training.one_step import energy_score, one_step_loss
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.transformer import ProphetTransformer
 
@@ -60,7 +60,7 @@ def test_the_median_is_the_likelier_outcome_and_not_a_mixture(share: float) -> N
             def model(inputs: torch.Tensor, *_: object) -> torch.Tensor:
                 return inputs - torch.cat([inputs[:, :, :1], shown[None]], dim=2)
 
-            return float(median_loss(model, network, batch, config, 0)[0])
+            return float(one_step_loss(model, network, batch, config, 0)[0])
 
         return share * distance(lifted) + (1 - share) * distance(missed)
 
@@ -100,7 +100,7 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk() -> No
         seen.append((inputs, mask, times))
         return 0.5 * inputs
 
-    loss, numbers = energy_loss(model, network, batch, config, 4)
+    loss, numbers = one_step_loss(model, network, batch, config, 4)
     inputs, mask, times = seen[0]
     assert len(inputs) == 4 and torch.equal(inputs[:2, :, 0], inputs[2:, :, 0])  # one context, two noises
     assert not torch.equal(inputs[:2, :, 1:], inputs[2:, :, 1:])
@@ -122,7 +122,7 @@ def test_outcomes_do_not_weigh() -> None:
         ObjectiveConfig(objective="median", num_inference_steps=1, presence_weight=9.0)
 
 
-def test_energy_is_for_one_step() -> None:
+def test_objectives_are_checked() -> None:
     with pytest.raises(ValueError, match="trains one denoising step, got num_inference_steps=4"):
         ObjectiveConfig(objective="energy")
     with pytest.raises(ValueError, match='expected "velocity", "median"'):

@@ -60,47 +60,19 @@ def _root(square: Tensor) -> Tensor:
     return (square + _FLAT**2).sqrt() - _FLAT
 
 
-def median_loss(
+def one_step_loss(
     model: Callable[..., Tensor],
     transformer: ProphetTransformer,
     batch: ChunkBatch,
     config: ObjectiveConfig,
     step: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Distance of one one-step sample of each chunk from the truth; noise and weights as in :func:`energy_loss`."""
-    samples, truth, weight = _samples(1, model, transformer, batch, config, step)
-    return _distances(samples[0], truth, weight).mean(), _errors(samples, truth, batch.coverage)
+    """Distance of one sample of each chunk from the truth ("median"), or energy score of two ("energy").
 
-
-def energy_loss(
-    model: Callable[..., Tensor],
-    transformer: ProphetTransformer,
-    batch: ChunkBatch,
-    config: ObjectiveConfig,
-    step: int,
-) -> tuple[Tensor, dict[str, float]]:
-    """Energy score of two one-step samples of each chunk; all noise follows from (seed, step).
-
-    Places weigh by ``object_weight``, which start frames and commands decide.
+    Samples of a chunk take one denoising step and differ in the noise they start from alone; all noise follows from
+    (seed, step). Places weigh by ``object_weight``, which start frames and commands decide.
     """
-    samples, truth, weight = _samples(2, model, transformer, batch, config, step)
-    spread = (samples[0] - samples[1]).square().mean(dim=1) / 2.0
-    numbers = {**_errors(samples, truth, batch.coverage), "sample_spread": spread.mean().item()}
-    coverage = batch.coverage.to(samples)
-    if coverage.any():
-        numbers["sample_spread_object"] = ((coverage * spread).sum() / coverage.sum()).item()
-    return energy_score(samples, truth, weight).mean(), numbers
-
-
-def _samples(
-    count: int,
-    model: Callable[..., Tensor],
-    transformer: ProphetTransformer,
-    batch: ChunkBatch,
-    config: ObjectiveConfig,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples (count, B, z, T - 1, h, w) that differ in the noise alone, the truth (B, ...) and weights of places."""
+    count = 2 if config.objective == "energy" else 1
     generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
     noise = ChunkNoise.draw(batch.latents.shape, batch.history.shape, replace(config, first_step=1.0), generator)
     others = [replace(noise, target=torch.randn(noise.target.shape, generator=generator)) for _ in range(count - 1)]
@@ -113,13 +85,18 @@ def _samples(
     condition = transformer.condition(batch.actions.to(device).repeat(count, 1, 1, 1), drawn, history)
     velocity = model(inputs, mask, times, condition)[:, :, 1:].float()
     samples = (inputs[:, :, 1:] - velocity).unflatten(0, (count, -1))
-    return samples, batch.latents[:, :, 1:].to(samples), 1.0 + config.object_weight * batch.coverage.to(samples)
+    truth, coverage = batch.latents[:, :, 1:].to(samples), batch.coverage.to(samples)
+    weight = 1.0 + config.object_weight * coverage
+    numbers = _with_near("sample_mse", (samples - truth).square().mean(dim=(0, 2)), coverage)
+    if count == 1:
+        return _distances(samples[0], truth, weight).mean(), numbers
+    spread = (samples[0] - samples[1]).square().mean(dim=1) / 2.0
+    return energy_score(samples, truth, weight).mean(), {**numbers, **_with_near("sample_spread", spread, coverage)}
 
 
-def _errors(samples: Tensor, truth: Tensor, coverage: Tensor) -> dict[str, float]:
-    """Mean square error of samples, and that near hands and objects where there are any."""
-    error, near = (samples - truth).square().mean(dim=(0, 2)), coverage.to(samples)
-    numbers = {"sample_mse": error.mean().item()}
-    if near.any():
-        numbers["sample_mse_object"] = ((near * error).sum() / near.sum()).item()
+def _with_near(name: str, values: Tensor, coverage: Tensor) -> dict[str, float]:
+    """Mean of values (B, T, h, w), and that near hands and objects where there are any."""
+    numbers = {name: values.mean().item()}
+    if coverage.any():
+        numbers[f"{name}_object"] = ((coverage * values).sum() / coverage.sum()).item()
     return numbers

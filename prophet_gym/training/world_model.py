@@ -22,7 +22,7 @@ from .clips import encode_clips, load_clips
 from .config import ObjectiveConfig, WorldModelConfig
 from .loop import prepare_run, settled, train_loop
 from .objective import velocity_loss
-from .one_step import energy_loss, median_loss
+from .one_step import one_step_loss
 from .self_rollout import SelfRollout
 
 logger = logging.getLogger(__name__)
@@ -141,11 +141,11 @@ def chunk_loss(
 ) -> Callable[[Callable[..., Tensor], int], tuple[Tensor, dict[str, float]]]:
     """The loss of a step, as :func:`train_loop` takes it, on recorded chunks and on those that follow imagined ones."""
     self_rollout = SelfRollout(sampler, transformer, sampler.vae, config)
-    losses = {"velocity": velocity_loss, "median": median_loss, "energy": energy_loss}
+    loss = velocity_loss if config.objective == "velocity" else one_step_loss
 
     def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
         batch = (self_rollout if self_rollout.due(step) else sampler)(step, config.loop.batch_size)
-        return losses[config.objective](model, transformer, batch, config, step)
+        return loss(model, transformer, batch, config, step)
 
     return loss_fn
 
