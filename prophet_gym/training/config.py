@@ -48,6 +48,9 @@ class ObjectiveConfig:
     objective: Literal["velocity", "median", "energy"] = "velocity"
     """"velocity": rectified flow, any number of denoising steps. For one step: "median", the most likely outcome, and
     "energy", the energy score of two samples, where noise decides what is open."""
+    colour_weight: float = 0.0
+    """Weight of distances of mean colours around each place, for "median" and "energy": an object somewhere near its
+    place counts as nearer to the truth than none."""
     num_inference_steps: int = 4
     """Denoising steps stored with the checkpoint."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -68,10 +71,15 @@ class ObjectiveConfig:
                 f"objective={self.objective!r} with motion_weight={self.motion_weight} and presence_weight="
                 f"{self.presence_weight}: what happened must not decide what weighs more; give 0, or train on velocity"
             )
+        if self.objective == "velocity" and self.colour_weight > 0:
+            raise ValueError(
+                f"colour_weight={self.colour_weight} with objective='velocity', which has no distances; give 0, or "
+                'objective="median" or "energy"'
+            )
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
-        for name in ("motion_weight", "object_weight", "presence_weight"):
+        for name in ("motion_weight", "object_weight", "presence_weight", "colour_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected an extra weight of 0 or more")
 

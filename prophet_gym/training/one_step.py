@@ -4,6 +4,9 @@ Trained on velocity, a denoiser of one step shows the mean of what may happen: a
 faintly in both places. Distances, not their squares, from the truth are least for the (geometric) median, which of two
 outcomes is the likelier one. The energy score of two samples (Gneiting & Raftery 2007, Eq. 21, beta = 1) is least for
 samples of the true distribution: one outcome or the other, each as often as it happens.
+
+Where a block may end in many places, the likeliest of each is none of them, and the median has no block. Distances of
+mean colours around each place (``colour_weight``) are less for a block somewhere near than for none.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from .config import ObjectiveConfig
 from .objective import ChunkNoise, NoisyChunks
 
 _FLAT = 0.01  # root mean square, in units of latents
+_AROUND = (3, 5)  # cells across, over which colours are averaged
 
 
-def energy_score(samples: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+def energy_score(samples: Tensor, truth: Tensor, weight: Tensor, colours: Tensor | None = None) -> Tensor:
     """Energy score E|x - y| - E|x - x'| / 2 of two samples: the less, the better; a proper score.
 
     Distances are taken in each cell of a latent frame, in each neighbourhood of 3 x 3 cells over all latent frames, and
@@ -34,17 +38,18 @@ def energy_score(samples: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         truth: (B, z, T, h, w).
         weight: of latent positions, (B, T, h, w), above 0. Were it to follow from the truth, the score were not
             proper.
+        colours: (z, 3), see :func:`colour_distances`; None leaves them out.
 
     Returns:
         (B,), mean over the three scales.
     """
-    first = _distances(samples[0], truth, weight)
-    second = _distances(samples[1], truth, weight)
-    apart = _distances(samples[0], samples[1], weight)
+    first = _distances(samples[0], truth, weight, colours)
+    second = _distances(samples[1], truth, weight, colours)
+    apart = _distances(samples[0], samples[1], weight, colours)
     return (first + second - apart) / 2.0
 
 
-def _distances(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+def _distances(a: Tensor, b: Tensor, weight: Tensor, colours: Tensor | None) -> Tensor:
     """Root mean square differences (B,) of latents (B, z, T, h, w), weighted mean over places, mean over scales."""
     square = (a - b).square().mean(dim=1)
     share = weight / weight.sum(dim=(1, 2, 3), keepdim=True)
@@ -52,7 +57,33 @@ def _distances(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     near = F.avg_pool2d(square.mean(dim=1), 3, stride=1, padding=1, count_include_pad=False)
     neighbourhood = (share.sum(dim=1) * _root(near)).sum(dim=(1, 2))
     chunk = _root((share * square).sum(dim=(1, 2, 3)))
-    return (cell + neighbourhood + chunk) / 3.0
+    distance = (cell + neighbourhood + chunk) / 3.0
+    return distance if colours is None else distance + colour_distances(a, b, weight, colours)
+
+
+def colour_distances(a: Tensor, b: Tensor, weight: Tensor, colours: Tensor) -> Tensor:
+    """Differences of mean colours around each place: over 3 x 3 cells, 5 x 5 cells and the frame.
+
+    Averaged before distances are taken, so that a thing elsewhere near differs less from the truth than none.
+
+    Args:
+        a: latents (B, z, T, h, w).
+        b: the same.
+        weight: of latent positions, (B, T, h, w), above 0.
+        colours: (z, 3), from latents of a cell to its colour (:func:`fit_latent_colours`), times their weight.
+
+    Returns:
+        (B,), root mean squares over colours, weighted mean over places, mean over the three scales.
+    """
+    difference = torch.einsum("bzthw,zc->btchw", a - b, colours)
+    share = weight / weight.sum(dim=(1, 2, 3), keepdim=True)
+    total = difference.mean(dim=(-2, -1)).square().mean(dim=2)
+    distance = (share.sum(dim=(2, 3)) * _root(total)).sum(dim=1)
+    for size in _AROUND:
+        pooled = F.avg_pool2d(difference.flatten(0, 1), size, stride=1, padding=size // 2, count_include_pad=False)
+        square = pooled.unflatten(0, share.shape[:2]).square().mean(dim=2)
+        distance = distance + (share * _root(square)).sum(dim=(1, 2, 3))
+    return distance / (1 + len(_AROUND))
 
 
 def _root(square: Tensor) -> Tensor:
@@ -66,11 +97,13 @@ def one_step_loss(
     batch: ChunkBatch,
     config: ObjectiveConfig,
     step: int,
+    colours: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Distance of one sample of each chunk from the truth ("median"), or energy score of two ("energy").
 
     Samples of a chunk take one denoising step and differ in the noise they start from alone; all noise follows from
-    (seed, step). Places weigh by ``object_weight``, which start frames and commands decide.
+    (seed, step). Places weigh by ``object_weight``, which start frames and commands decide; ``colours`` (z, 3) as in
+    :func:`colour_distances`.
     """
     count = 2 if config.objective == "energy" else 1
     generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
@@ -87,11 +120,13 @@ def one_step_loss(
     samples = (inputs[:, :, 1:] - velocity).unflatten(0, (count, -1))
     truth, coverage = batch.latents[:, :, 1:].to(samples), batch.coverage.to(samples)
     weight = 1.0 + config.object_weight * coverage
+    colours = None if colours is None else colours.to(samples)
     numbers = _with_near("sample_mse", (samples - truth).square().mean(dim=(0, 2)), coverage)
     if count == 1:
-        return _distances(samples[0], truth, weight).mean(), numbers
+        return _distances(samples[0], truth, weight, colours).mean(), numbers
     spread = (samples[0] - samples[1]).square().mean(dim=1) / 2.0
-    return energy_score(samples, truth, weight).mean(), {**numbers, **_with_near("sample_spread", spread, coverage)}
+    score = energy_score(samples, truth, weight, colours).mean()
+    return score, {**numbers, **_with_near("sample_spread", spread, coverage)}
 
 
 def _with_near(name: str, values: Tensor, coverage: Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..world_model.video_vae import FoldedVideoVAE
 from .chunks import ChunkSampler
 from .clips import encode_clips, load_clips
 from .config import ObjectiveConfig, WorldModelConfig
+from .latent_colours import fit_latent_colours
 from .loop import prepare_run, settled, train_loop
 from .objective import velocity_loss
 from .one_step import one_step_loss
@@ -142,6 +144,9 @@ def chunk_loss(
     """The loss of a step, as :func:`train_loop` takes it, on recorded chunks and on those that follow imagined ones."""
     self_rollout = SelfRollout(sampler, transformer, sampler.vae, config)
     loss = velocity_loss if config.objective == "velocity" else one_step_loss
+    if config.colour_weight > 0:
+        colours = config.colour_weight * fit_latent_colours(sampler.clips, sampler.latents)
+        loss = partial(one_step_loss, colours=colours)
 
     def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
         batch = (self_rollout if self_rollout.due(step) else sampler)(step, config.loop.batch_size)
