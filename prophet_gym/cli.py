@@ -34,6 +34,7 @@ from .training.pretrain import pretrain
 from .training.pretrain_config import PretrainConfig
 from .training.vae import VAEConfig, train_vae
 from .training.world_model import WorldModelConfig, train_world_model
+from .world_model.average import average_worlds
 from .world_model.cosmos import world_from_cosmos
 from .world_model.prophet import ProphetWorldModel
 
@@ -323,6 +324,26 @@ def evaluate(
     print(f"written to {out}")
 
 
+def average(
+    out: Positional[Path],
+    checkpoints: Positional[tuple[str, ...]],
+    weights: tuple[float, ...] | None = None,
+    dtype: Precision = "float16",
+) -> None:
+    """Average the denoisers of checkpoints that were fine-tuned from one another; a judge is to be trained anew.
+
+    Args:
+        out: folder of the new checkpoint; one that is there is not replaced.
+        checkpoints: folders, or names of packaged weights; codec and settings are those of the first.
+        weights: of each, relative to one another; all the same by default.
+        dtype: of both networks.
+    """
+    folders = [resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint) for checkpoint in checkpoints]
+    with atomic_folder(out) as folder:
+        average_worlds(folders, weights).to(dtype=getattr(torch, dtype)).save_pretrained(folder)
+    print(f"mean of {len(folders)} checkpoints: {out}")
+
+
 def demo(config: DemoConfig) -> None:
     """Prophet-Tabletop beside Tabletop-v0 on the same commands: metrics, verdicts, an MP4 and a PNG.
 
@@ -346,6 +367,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "from-cosmos": from_cosmos,
     "plan": plan,
     "train": train,
+    "average": average,
     "eval": evaluate,
     "judge": judge,
 }
