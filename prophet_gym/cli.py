@@ -340,7 +340,10 @@ def average(
     """
     folders = [resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint) for checkpoint in checkpoints]
     with atomic_folder(out) as folder:
-        average_worlds(folders, weights).to(dtype=getattr(torch, dtype)).save_pretrained(folder)
+        world = average_worlds(folders, weights)
+        for network in (world.transformer, world.codec.vae):
+            {"float32": network.float, "bfloat16": network.bfloat16, "float16": network.half}[dtype]()
+        world.save_pretrained(folder)
     print(f"mean of {len(folders)} checkpoints: {out}")
 
 

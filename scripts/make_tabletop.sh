@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the shipped checkpoint of Prophet-Tabletop-v0 again: data, codec, denoiser, judge, evaluation.
-# About nine and a half hours on two CPU cores; every step continues where it was interrupted.
+# About eleven and a half hours on two CPU cores; every step continues where it was interrupted.
 set -euo pipefail
 prophet=${PROPHET:-.venv/bin/prophet}
 prophrl=${PROPHRL:-.venv/bin/prophrl}
@@ -104,6 +104,34 @@ world "$runs/last" "${contested[@]}" --init "$runs/kept/prophet" --steps 500 --d
   --presence-weight 45 --object-weight 0
 world=$runs/last/prophet
 judge "$world" "$runs/data/val-judge" 1200 3000 "$runs"/data/played-* "$runs/data/extra" "$runs/data/some"
+
+# What policies do where they act on its frames, and what then happens in truth: 1,149 episodes, with 1,100 of those before.
+"$python" benchmarks/reinforcement.py --policy tabletop-sft --out "$runs/reinforced-last" --arms flowscale \
+  --envs Prophet-Tabletop-v0 --seeds 0 1 --updates 24 --checkpoint "$world" --judge "$world/judge"
+inside() {  # policy, episodes, first seed
+  "$prophrl" record "$runs/data/inside-$3" --policy "$1" --episodes "$2" --seed "$3" --noisy-share 0.8 \
+    --world Prophet-Tabletop-v0 --checkpoint "$world"
+}
+inside tabletop-sft 709 4700000
+inside "$runs/reinforced-last/flowscale-Prophet-Tabletop-v0-1024-0/policy" 220 4710000
+inside "$runs/reinforced-last/flowscale-Prophet-Tabletop-v0-1024-1/policy" 220 4720000
+mkdir -p "$runs/data/acted"
+ln -sfn "$(realpath "$runs")"/data/inside-*/episode_* "$runs/data/acted/"
+first() {  # folder, episodes
+  ls -d "$(realpath "$runs/data/$1")"/episode_* | awk -v count="$2" 'NR <= count' | xargs -I{} ln -sfn {} "$runs/data/acted/"
+}
+first played-4200000 300; first extra 400; first train 400
+acted=("${contested[@]}" --data "$runs/data/acted" --cache "$runs/cache-acted" --warmup-steps 30 --object-weight 0)
+world "$runs/acted" "${acted[@]}" --init "$world" --steps 1150 --decay-fraction 0.6 --seed 16 --presence-weight 45
+world "$runs/held" "${acted[@]}" --init "$runs/acted/prophet" --steps 420 --decay-fraction 0.8 --seed 21 --presence-weight 100
+median=("${acted[@]}" --first-step 0 --object-weight 8 --presence-weight 0 --objective median)
+world "$runs/likely" "${median[@]}" --init "$runs/acted/prophet" --steps 900 --decay-fraction 0.7 --seed 18
+# Their mean is better than each: what one learned of its own batches alone is not in it. The judge stays the one of before.
+mean=$runs/mean
+[ -e "$mean/prophet.json" ] || "$prophet" average "$mean" "$world" "$runs/acted/prophet" "$runs/held/prophet" "$runs/likely/prophet" \
+  --weights 0.2 0.15 0.5 0.15
+[ -e "$mean/judge" ] || cp -r "$world/judge" "$mean/"
+world=$mean
 "$prophet" snapshots "$world/snapshots" --overwrite
 
 "$prophet" eval "$runs/data/test" --episodes 280 --checkpoint "$world" --out "$runs/evaluation"

@@ -26,6 +26,8 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         for value in [*world.transformer.parameters(), *world.codec.vae.decoder.parameters()]:
             value += 0.1 * torch.randn(value.shape, generator=generator)
     world.save_pretrained(other)
+    config = json.loads((other / "transformer" / "config.json").read_text())  # as diffusers notes what was not given
+    (other / "transformer" / "config.json").write_text(to_json({**config, "_use_default_values": ["residual"]}))
     return [tiny_checkpoint, other]
 
 

@@ -58,9 +58,8 @@ def _require_alike(first: ProphetWorldModel, other: ProphetWorldModel, one: Path
         ("denoiser", dict(first.transformer.config), dict(other.transformer.config)),
         ("prophet.json", first.config.to_dict(), other.config.to_dict()),
     ):
-        named = ("name", "trained_on", "_name_or_path", "_diffusers_version")
-        differ = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        differ = [key for key in differ if key not in named]
+        keys = {key for key in mine.keys() | theirs.keys() if not key.startswith("_")} - {"name", "trained_on"}
+        differ = sorted(key for key in keys if mine.get(key) != theirs.get(key))
         if differ:
             raise ValueError(f"{two}: its {part} differs from that of {one} in {', '.join(differ)}; expected the same")
     height, width = first.image_size
