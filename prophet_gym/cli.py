@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -328,23 +329,29 @@ def average(
     out: Positional[Path],
     checkpoints: Positional[tuple[str, ...]],
     weights: tuple[float, ...] | None = None,
+    trained_on: str | None = None,
     dtype: Precision = "float16",
 ) -> None:
-    """Average the denoisers of checkpoints that were fine-tuned from one another; a judge is to be trained anew.
+    """Average the denoisers of checkpoints that were fine-tuned from one another; without judge and snapshots.
 
     Args:
         out: folder of the new checkpoint; one that is there is not replaced.
         checkpoints: folders, or names of packaged weights; codec and settings are those of the first.
         weights: of each, relative to one another; all the same by default.
+        trained_on: one sentence on the data; default: those of the checkpoints.
         dtype: of both networks.
     """
+    if out.exists():
+        raise ValueError(f"{out} exists already; give another folder for the mean")
     folders = [resolve_checkpoint(WORLDS["Prophet-Tabletop-v0"], checkpoint) for checkpoint in checkpoints]
+    world = average_worlds(folders, weights)
+    if trained_on is not None:
+        world.config = replace(world.config, trained_on=trained_on)
+    for network in (world.transformer, world.codec.vae):
+        torch.nn.Module.to(network, getattr(torch, dtype))  # that of diffusers warns
     with atomic_folder(out) as folder:
-        world = average_worlds(folders, weights)
-        for network in (world.transformer, world.codec.vae):
-            {"float32": network.float, "bfloat16": network.bfloat16, "float16": network.half}[dtype]()
         world.save_pretrained(folder)
-    print(f"mean of {len(folders)} checkpoints: {out}")
+    print(f"mean of {len(folders)} checkpoints: {out}; give it a judge and snapshots, then measure them together")
 
 
 def demo(config: DemoConfig) -> None:

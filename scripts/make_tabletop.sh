@@ -117,20 +117,23 @@ inside "$runs/reinforced-last/flowscale-Prophet-Tabletop-v0-1024-0/policy" 220 4
 inside "$runs/reinforced-last/flowscale-Prophet-Tabletop-v0-1024-1/policy" 220 4720000
 mkdir -p "$runs/data/acted"
 ln -sfn "$(realpath "$runs")"/data/inside-*/episode_* "$runs/data/acted/"
+"$prophrl" record "$runs/data/again" --policy tabletop-sft --episodes 300 --seed 4200000 --noisy-share 0.8
+ln -sfn "$(realpath "$runs/data/again")"/episode_* "$runs/data/acted/"
 first() {  # folder, episodes
   ls -d "$(realpath "$runs/data/$1")"/episode_* | awk -v count="$2" 'NR <= count' | xargs -I{} ln -sfn {} "$runs/data/acted/"
 }
-first played-4200000 300; first extra 400; first train 400
-acted=("${contested[@]}" --data "$runs/data/acted" --cache "$runs/cache-acted" --warmup-steps 30 --object-weight 0)
+first extra 400; first train 400
+acted=("${contested[@]}" --data "$runs/data/acted" --cache "$runs/cache-acted" --vae "$runs/decoder/vae" --warmup-steps 30 --object-weight 0)
 world "$runs/acted" "${acted[@]}" --init "$world" --steps 1150 --decay-fraction 0.6 --seed 16 --presence-weight 45
 world "$runs/held" "${acted[@]}" --init "$runs/acted/prophet" --steps 420 --decay-fraction 0.8 --seed 21 --presence-weight 100
 median=("${acted[@]}" --first-step 0 --object-weight 8 --presence-weight 0 --objective median)
 world "$runs/likely" "${median[@]}" --init "$runs/acted/prophet" --steps 900 --decay-fraction 0.7 --seed 18
-# Their mean is better than each: what one learned of its own batches alone is not in it. The judge stays the one of before.
+# The mean of the four, with the judge of before, which tells more on its frames than on those it was trained on.
 mean=$runs/mean
 [ -e "$mean/prophet.json" ] || "$prophet" average "$mean" "$world" "$runs/acted/prophet" "$runs/held/prophet" "$runs/likely/prophet" \
-  --weights 0.2 0.15 0.5 0.15
-[ -e "$mean/judge" ] || cp -r "$world/judge" "$mean/"
+  --weights 0.2 0.15 0.5 0.15 --trained-on "14029 Tabletop episodes, scripted, of an imitation policy and of policies reinforced in \
+earlier worlds, acting in the simulator and on imagined frames, successes and failures"
+[ -e "$mean/judge" ] || { rm -rf "$mean/.judge"; cp -r "$world/judge" "$mean/.judge"; mv "$mean/.judge" "$mean/judge"; }
 world=$mean
 "$prophet" snapshots "$world/snapshots" --overwrite
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prophet_gym.cli import main
 from prophet_gym.strict_json import to_json
@@ -25,6 +27,7 @@ def pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     with torch.no_grad():
         for value in [*world.transformer.parameters(), *world.codec.vae.decoder.parameters()]:
             value += 0.1 * torch.randn(value.shape, generator=generator)
+    world.config = replace(world.config, trained_on="other nothing")
     world.save_pretrained(other)
     config = json.loads((other / "transformer" / "config.json").read_text())  # as diffusers notes what was not given
     (other / "transformer" / "config.json").write_text(to_json({**config, "_use_default_values": ["residual"]}))
@@ -39,6 +42,7 @@ def test_the_mean_has_the_shares_asked_for_and_the_first_codec(pair: list[Path])
     first, second = map(weights_of, pair)
     world = average_worlds(pair, [3.0, 1.0])
     assert all(torch.allclose(v, 0.75 * first[k] + 0.25 * second[k]) for k, v in world.transformer.state_dict().items())
+    assert world.config.trained_on == "nothing: random weights for tests; other nothing"
     codec = ProphetWorldModel.from_pretrained(pair[0]).codec.vae.state_dict()
     assert all(torch.equal(v, codec[k]) for k, v in world.codec.vae.state_dict().items())
 
@@ -54,7 +58,14 @@ def test_the_command_saves_equal_shares_and_replaces_nothing(
     assert not all(torch.allclose(v, first[k], atol=2e-3) for k, v in mean.items())
     with pytest.raises(SystemExit):
         main()
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; give another folder for the mean" in capsys.readouterr().err
+    wide = ["prophet", "average", str(tmp_path / "wide"), *map(str, pair), "--dtype", "float32", "--trained-on", "two"]
+    monkeypatch.setattr(sys, "argv", wide)
+    main()
+    for folder, dtype in (("mean", torch.float16), ("wide", torch.float32)):
+        stored = [load_file(path) for path in sorted((tmp_path / folder).glob("*/*.safetensors"))]
+        assert len(stored) == 2 and {value.dtype for tensors in stored for value in tensors.values()} == {dtype}
+    assert json.loads((tmp_path / "wide" / "prophet.json").read_text())["trained_on"] == "two"
 
 
 def test_weights_are_checked(pair: list[Path]) -> None:
@@ -73,6 +84,11 @@ def test_what_differs_in_more_than_weights_is_refused(pair: list[Path], tmp_path
     (steps / "prophet.json").write_text(to_json({**config, "num_inference_steps": 7, "name": "another"}))
     with pytest.raises(ValueError, match="prophet.json differs from that of .* in num_inference_steps; expected"):
         average_worlds([pair[0], steps])
+    gated = shutil.copytree(pair[1], tmp_path / "gated")
+    config = json.loads((gated / "transformer" / "config.json").read_text())
+    (gated / "transformer" / "config.json").write_text(to_json({**config, "memory_gate": 0.5}))
+    with pytest.raises(ValueError, match="denoiser differs from that of .* in memory_gate; expected"):
+        average_worlds([pair[0], gated])
     recoded = tmp_path / "recoded"
     world = ProphetWorldModel.from_pretrained(pair[1])
     with torch.no_grad():

@@ -85,7 +85,7 @@ def test_a_run_weighs_colours_as_configured() -> None:
         )
         sampler = ChunkSampler(clips, latents, config, chunk_length=20, history=60, vae=vae)
         loss, _ = chunk_loss(sampler, network, config)(network, 5)
-        colours = 7.0 * fit_latent_colours(clips, latents) if weight else None
+        colours = fit_latent_colours(clips, latents) if weight else None
         wanted, _ = one_step_loss(network, network, sampler(5, config.loop.batch_size), config, 5, colours)
         assert torch.equal(loss, wanted)
         losses.append(loss.item())

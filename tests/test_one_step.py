@@ -61,7 +61,8 @@ def median_loss(
     def model(inputs: torch.Tensor, *_: object) -> torch.Tensor:
         return inputs - torch.cat([inputs[:, :, :1], shown[None]], dim=2)
 
-    config = ObjectiveConfig(action_frames="none", objective="median", num_inference_steps=1)
+    weight = 0.0 if colours is None else 1.0
+    config = ObjectiveConfig(action_frames="none", objective="median", num_inference_steps=1, colour_weight=weight)
     return float(one_step_loss(model, network, batch, config, 0, colours)[0])
 
 
@@ -168,7 +169,9 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk(network
     latents = torch.randn(2, 8, 3, 8, 8, generator=generator)
     near = torch.rand(2, 2, 8, 8, generator=generator)
     batch = ChunkBatch(latents, torch.zeros(2, 8, 15, 8, 8), torch.zeros(2, 20, 1, 7), None, near, 1 - near)
-    config = ObjectiveConfig(action_frames="none", object_weight=3.0, objective="energy", num_inference_steps=1)
+    config = ObjectiveConfig(
+        action_frames="none", object_weight=3.0, objective="energy", num_inference_steps=1, colour_weight=2.0
+    )
     seen = []
 
     def model(inputs: torch.Tensor, mask: torch.Tensor, times: torch.Tensor, condition: object) -> torch.Tensor:
@@ -187,8 +190,10 @@ def test_the_loss_is_the_score_of_two_one_step_samples_of_the_same_chunk(network
     )  # fmt: skip
     assert torch.equal(inputs[:2, :, 1:], noise.target)
     samples = 0.5 * inputs[:, :, 1:].unflatten(0, (2, 2))
-    wanted = energy_score(samples, latents[:, :, 1:], 1.0 + 3.0 * near, colours).mean()
+    wanted = energy_score(samples, latents[:, :, 1:], 1.0 + 3.0 * near, 2.0 * colours).mean()
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    with pytest.raises(ValueError, match=r"colour_weight=2.0 with no map of colours"):
+        one_step_loss(model, network, batch, config, 4)
     apart = (samples[0] - samples[1]).square().mean()
     assert numbers["sample_spread"] == pytest.approx(float(apart) / 2, rel=1e-5)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .clips import ClipArrays, LatentArrays
 
-_CLIPS = 1024
+_GROUPS = 1024
 
 
 def fit_latent_colours(clips: ClipArrays, latents: LatentArrays) -> Tensor:
@@ -22,17 +22,23 @@ def fit_latent_colours(clips: ClipArrays, latents: LatentArrays) -> Tensor:
 
     Args:
         clips: frames (E, T, H, W, 3).
-        latents: of their groups of four frames; 1,024 groups at most are drawn, always the same.
+        latents: of their groups of four frames, of which 1,024 are drawn, always the same.
 
     Returns:
         (z, 3) float32, without the constant; colours in standard deviations of each channel.
     """
     rng = np.random.default_rng(0)
-    episodes = rng.integers(len(clips), size=_CLIPS)
-    index = rng.integers(2, latents.group.shape[1], size=_CLIPS)  # group[i] codes frames 2 i - 3 ... 2 i
+    episodes = rng.integers(len(clips), size=_GROUPS)
+    index = rng.integers(2, latents.group.shape[1], size=_GROUPS)  # group[i] codes frames 2 i - 3 ... 2 i
     coded = torch.from_numpy(latents.group[episodes, index].astype(np.float64))
-    frames = clips.frames[episodes[:, None], 2 * index[:, None] + np.arange(-3, 1)].mean(axis=1)
-    colours = F.adaptive_avg_pool2d(torch.from_numpy(frames).permute(0, 3, 1, 2), coded.shape[-2:])
+    colours = torch.stack(
+        [
+            F.adaptive_avg_pool2d(
+                torch.from_numpy(clips.frames[e, 2 * i - 3 : 2 * i + 1].mean(axis=0)).permute(2, 0, 1), coded.shape[-2:]
+            )
+            for e, i in zip(episodes, index, strict=True)
+        ]
+    )
     inputs, targets = (values.permute(0, 2, 3, 1).flatten(0, 2) for values in (coded, colours))
     targets = (targets - targets.mean(dim=0)) / targets.std(dim=0).clamp(min=1.0)
     return torch.linalg.lstsq(inputs - inputs.mean(dim=0), targets).solution.float()

@@ -41,7 +41,7 @@ def energy_score(samples: Tensor, truth: Tensor, weight: Tensor, colours: Tensor
         colours: (z, 3), see :func:`colour_distances`; None leaves them out.
 
     Returns:
-        (B,), mean over the three scales.
+        (B,), mean over the three scales; with colours, that of theirs added.
     """
     first = _distances(samples[0], truth, weight, colours)
     second = _distances(samples[1], truth, weight, colours)
@@ -102,9 +102,15 @@ def one_step_loss(
     """Distance of one sample of each chunk from the truth ("median"), or energy score of two ("energy").
 
     Samples of a chunk take one denoising step and differ in the noise they start from alone; all noise follows from
-    (seed, step). Places weigh by ``object_weight``, which start frames and commands decide; ``colours`` (z, 3) as in
-    :func:`colour_distances`.
+    (seed, step). Places weigh by ``object_weight``, which start frames and commands decide. ``colours`` is the map
+    (z, 3) of :func:`fit_latent_colours`, needed where ``colour_weight`` is above 0.
+
+    Raises:
+        ValueError: colours have a weight and there is no map, or there is one and they have none.
     """
+    if (colours is None) != (config.colour_weight == 0):
+        given = "no map" if colours is None else "a map"
+        raise ValueError(f"colour_weight={config.colour_weight} with {given} of colours; expected one with the other")
     count = 2 if config.objective == "energy" else 1
     generator = torch.Generator().manual_seed(config.loop.seed * 1_000_003 + step)
     noise = ChunkNoise.draw(batch.latents.shape, batch.history.shape, replace(config, first_step=1.0), generator)
@@ -120,7 +126,7 @@ def one_step_loss(
     samples = (inputs[:, :, 1:] - velocity).unflatten(0, (count, -1))
     truth, coverage = batch.latents[:, :, 1:].to(samples), batch.coverage.to(samples)
     weight = 1.0 + config.object_weight * coverage
-    colours = None if colours is None else colours.to(samples)
+    colours = None if colours is None else config.colour_weight * colours.to(samples)
     numbers = _with_near("sample_mse", (samples - truth).square().mean(dim=(0, 2)), coverage)
     if count == 1:
         return _distances(samples[0], truth, weight, colours).mean(), numbers

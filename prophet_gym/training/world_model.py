@@ -145,8 +145,7 @@ def chunk_loss(
     self_rollout = SelfRollout(sampler, transformer, sampler.vae, config)
     loss = velocity_loss if config.objective == "velocity" else one_step_loss
     if config.colour_weight > 0:
-        colours = config.colour_weight * fit_latent_colours(sampler.clips, sampler.latents)
-        loss = partial(one_step_loss, colours=colours)
+        loss = partial(one_step_loss, colours=fit_latent_colours(sampler.clips, sampler.latents))
 
     def loss_fn(model: Callable[..., Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
         batch = (self_rollout if self_rollout.due(step) else sampler)(step, config.loop.batch_size)

@@ -1,13 +1,14 @@
 """The mean of the denoisers of several checkpoints that were fine-tuned from one another ("model soup").
 
-Fine-tuned from common weights, denoisers lie in one basin, and their mean forgets what each learned of its own batches
-alone (Wortsman et al. 2022): it costs no more than one of them to run.
+Fine-tuned from common weights, denoisers often lie in one basin, where their mean does as well as the best of them or
+better (Wortsman et al. 2022), and costs no more than one to run. Whether it does is to be measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from .prophet import ProphetWorldModel
 
 
 def average_worlds(checkpoints: Sequence[Path], weights: Sequence[float] | None = None) -> ProphetWorldModel:
-    """Load checkpoints and average their denoisers, one at a time; all else is the first one's.
+    """Load checkpoints and average their denoisers, one at a time; all else is the first one's, but ``trained_on``.
 
     Args:
         checkpoints: folders written by :meth:`ProphetWorldModel.save_pretrained`, of one architecture and with codecs
@@ -24,7 +25,7 @@ def average_worlds(checkpoints: Sequence[Path], weights: Sequence[float] | None 
         weights: of each checkpoint, above 0, relative to one another; all the same by default.
 
     Returns:
-        World model, float32 on the CPU.
+        World model, float32 on the CPU. Its ``trained_on`` says what each of the checkpoints was trained on.
 
     Raises:
         ValueError: fewer than two checkpoints, bad weights, or checkpoints that differ in more than weights.
@@ -39,12 +40,15 @@ def average_worlds(checkpoints: Sequence[Path], weights: Sequence[float] | None 
     shares = [weight / sum(weights) for weight in weights]
     first = ProphetWorldModel.from_pretrained(checkpoints[0])
     total = {name: shares[0] * value for name, value in first.transformer.state_dict().items()}
+    trained_on = [first.config.trained_on]
     for checkpoint, share in zip(checkpoints[1:], shares[1:], strict=True):
         world = ProphetWorldModel.from_pretrained(checkpoint)
         _require_alike(first, world, checkpoints[0], checkpoint)
         for name, value in world.transformer.state_dict().items():
             total[name] += share * value
+        trained_on.append(world.config.trained_on)
     first.transformer.load_state_dict(total)
+    first.config = replace(first.config, trained_on="; ".join(dict.fromkeys(trained_on)))
     return first
 
 
