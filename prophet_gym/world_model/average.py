@@ -65,10 +65,16 @@ def _require_alike(first: ProphetWorldModel, other: ProphetWorldModel, one: Path
         keys = {key for key in mine.keys() | theirs.keys() if not key.startswith("_")} - {"name", "trained_on"}
         differ = sorted(key for key in keys if mine.get(key) != theirs.get(key))
         if differ:
-            raise ValueError(f"{two}: its {part} differs from that of {one} in {', '.join(differ)}; expected the same")
+            raise ValueError(
+                f"{two}: its {part} differs from that of {one} in {', '.join(differ)}; expected the same, as in a "
+                "checkpoint that was fine-tuned from the other (--init)"
+            )
     height, width = first.image_size
     frames = torch.randint(256, (1, 5, height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     with torch.no_grad():
         apart = (first.codec.encode(frames) - other.codec.encode(frames)).abs().max()
     if apart > 1e-3:
-        raise ValueError(f"{two}: its codec encodes otherwise than that of {one}, so their latents mean other things")
+        raise ValueError(
+            f"{two}: its codec encodes otherwise than that of {one}, so their latents mean other things; train the "
+            "denoisers with one codec (--vae)"
+        )
