@@ -5,10 +5,10 @@ Importing registers the environment ids and nothing else; names below are loaded
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import MissingCheckpointError
+from .lazy import load_when_used
 from .registration import WORLDS, register_worlds
 
 if TYPE_CHECKING:
@@ -67,15 +67,6 @@ __all__ = [
     "check_world_env",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
-
+__getattr__, __dir__ = load_when_used(__name__, _HOMES)
 
 register_worlds()

@@ -6,9 +6,9 @@ weights and answer one contract (``policies``). This package imports ``prophet_g
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from prophet_gym.lazy import load_when_used
 from prophrl_agents.advantages import chunk_mask, dynamic_sampling_mask, group_advantages, zero_variance_groups
 from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.config import TrainConfig
@@ -64,12 +64,4 @@ __all__ = [
     "zero_variance_groups",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = load_when_used(__name__, _HOMES)
