@@ -142,6 +142,9 @@ class TrainConfig:
     """Updates over which the learning rate rises linearly."""
     grad_clip: float = 1.0
     """Largest gradient norm of an optimiser step."""
+    ema_decay: float = 0.0
+    """What the running mean of the weights keeps of itself at an update; that mean is evaluated and saved, while the
+    present weights act and learn. 0: no mean, the present weights are saved."""
     freeze_trunk: bool = False
     """Reinforce the flow head alone."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -185,6 +188,8 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, expected 0 (no mean) or a share below 1, such as 0.9")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}, expected 'no' or 'bf16'")
         if self.stop_at_success is not None and not 0 < self.stop_at_success <= 1:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prophrl_agents.config import TrainConfig
 from prophrl_agents.critic import Critic
@@ -60,6 +61,7 @@ class Learner:
         reference: frozen policy of the KL term; None without one.
         critic: value network of algorithm "ppo".
         critic_optimizer: of the critic's weights.
+        average: running mean of the policy's weights over the updates; None without one.
     """
 
     policy: TrainablePolicy
@@ -67,6 +69,7 @@ class Learner:
     reference: TrainablePolicy | None = None
     critic: Critic | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
+    average: AveragedModel | None = None
 
     @classmethod
     def build(cls, policy: TrainablePolicy, config: TrainConfig, device: torch.device | str = "cpu") -> Learner:
@@ -91,6 +94,8 @@ class Learner:
             for parameter in reference.parameters():
                 parameter.requires_grad_(False)
         learner = cls(policy, _adamw(policy.parameters(), config.learning_rate), reference)
+        if config.ema_decay > 0:
+            learner.average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         if config.algorithm == "ppo":
             learner.critic = Critic.for_policy(policy, config.seed).to(device)
             learner.critic_optimizer = _adamw(learner.critic.parameters(), config.ppo.critic_learning_rate)
@@ -100,6 +105,16 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """The policy's trainable weights."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def result(self) -> TrainablePolicy:
+        """The policy to evaluate and to save: that of the mean weights, where they are kept."""
+        return self.policy if self.average is None else self.average.module
+
+    def note_update(self) -> None:
+        """Takes the present weights into the mean; the first are all of it."""
+        if self.average is not None:
+            self.average.update_parameters(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors, numbers and strings, fit for ``torch.load(..., weights_only=True)``."""
@@ -113,7 +128,9 @@ class Learner:
         """
         parts = self._parts()
         if set(state) != set(parts):
-            raise ValueError(f"the checkpoint holds {sorted(state)}, expected {sorted(parts)}: same algorithm and beta")
+            raise ValueError(
+                f"the checkpoint holds {sorted(state)}, expected {sorted(parts)}: same algorithm, beta and ema_decay"
+            )
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
@@ -121,7 +138,7 @@ class Learner:
                 raise ValueError(f"the checkpoint's {name} does not fit: {error}") from error
 
     def _parts(self) -> dict[str, Any]:
-        names = ("policy", "optimizer", "reference", "critic", "critic_optimizer")
+        names = ("policy", "optimizer", "reference", "critic", "critic_optimizer", "average")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

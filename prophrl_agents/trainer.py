@@ -207,6 +207,7 @@ class GRPOTrainer:
             line["governor"] = report.to_dict()
         if report is None or report.action in ("continue", "warn"):
             line |= update_policy(self.learner, batch, config, update, failed_batch=self.folder.failed_batch)
+            self.learner.note_update()
             judged = line["valid_share"] * config.rollouts_per_update
             progress.judged += judged
             progress.successes += judged * line.get("success_rate", 0.0)
@@ -268,11 +269,11 @@ class GRPOTrainer:
         mine = starts[self.processes.process_index :: self.processes.num_processes]
         hits = count = 0.0
         for env in self.eval_envs if mine else ():
-            evaluation = evaluate_policy(self.learner.policy, env, mine)
+            evaluation = evaluate_policy(self.learner.result, env, mine)
             hits, count = hits + float(evaluation.success.sum()), count + float(evaluation.valid.sum())
         hits, count = sum_over_processes([hits, count])
         if not count and progress.best_evaluation is None:
-            policy, envs = self.learner.policy, self.eval_envs if mine else ()
+            policy, envs = self.learner.result, self.eval_envs if mine else ()
             again = [collect_groups(env, policy, mine[:1], 1, noise_seed=0, mode="ode") for env in envs]  # why not?
             raise ValueError(_no_verdict(f"evaluation after {progress.update} updates", *again))
         rate = hits / count if count else math.nan
@@ -308,7 +309,7 @@ class GRPOTrainer:
 
     def _save_policy(self, name: str) -> None:
         if self.processes.is_main_process:
-            self.learner.policy.save_pretrained(self.config.run / name)
+            self.learner.result.save_pretrained(self.config.run / name)
 
     def _save_last(self) -> None:
         state = {"learner": self.learner.state_dict(), "progress": asdict(self.progress)}

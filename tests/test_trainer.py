@@ -81,7 +81,9 @@ class Interrupted(Reach):
         return super().step(chunk)
 
 
-@pytest.mark.parametrize("settings", [{"beta": 0.01, "epochs": 2}, {"algorithm": "ppo"}], ids=["fa_grpo", "ppo"])
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.01, "epochs": 2, "ema_decay": 0.8}, {"algorithm": "ppo"}], ids=["fa_grpo", "ppo"]
+)
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, settings):
     config = dataclasses.replace(QUICK, updates=5, save_every=2, eval_every=2, **settings)
     whole = make_reach_policy()
@@ -99,6 +101,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, settings):
     again = GRPOTrainer(dataclasses.replace(broken, resume=True), resumed, make_reach(8)).train()
 
     assert torch.equal(weights_of(resumed), weights_of(whole)) and again == straight
+    saved = [weights_of(SmallFlowPolicy.from_pretrained(tmp_path / name / "policy")) for name in "ab"]
+    assert torch.equal(*saved) and torch.equal(saved[0], weights_of(whole)) == (settings.get("ema_decay") is None)
     assert without_times(lines_of(tmp_path / "b")) == without_times(lines_of(tmp_path / "a"))
     names = [sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in "ab"]
     assert names[0] == names[1] and len(names[0]) == 2
