@@ -21,7 +21,7 @@ PUBLIC_API = json.loads((ROOT / "tests" / "public_api.json").read_text())
 ASSETS = ROOT / "prophet_gym" / "assets", ROOT / "prophrl_agents" / "assets"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEAVY = ("mujoco", "transformers", "vllm", "ray", "lerobot", "stable_baselines3", "matplotlib", "pyarrow", "h5py")
-HEAVY += ("openai",)
+HEAVY += ("openai", "diffusers", "peft", "accelerate")
 
 
 def tracked_files() -> list[Path]:
@@ -104,7 +104,9 @@ def test_every_package_with_public_names_is_frozen() -> None:
     assert public == set(PUBLIC_API)
 
 
-@pytest.mark.parametrize("package", ["prophet_gym", "prophrl_agents"])
+@pytest.mark.parametrize(
+    "package", ["prophet_gym", "prophrl_agents", "prophet_gym.vector_env", "prophrl_agents.ray_workers"]
+)
 def test_base_import_is_light(package: str) -> None:
     code = f"import sys, {package}; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
