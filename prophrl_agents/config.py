@@ -251,6 +251,7 @@ TABLETOP = TrainConfig(
     learning_rate=1.5e-4,
     warmup_updates=6,
     freeze_trunk=True,
+    ema_decay=0.9,
     noise_level=0.5,
     eval_env=("Tabletop-v0",),
     governor_env="Tabletop-v0",
