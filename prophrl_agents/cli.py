@@ -7,10 +7,12 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from prophet_gym.atomic import atomic_folder
 from prophet_gym.command_line import run_commands
 from prophrl_agents.advantages import group_advantages
 from prophrl_agents.config import PAPER, SMOKE, TABLETOP, TrainConfig
@@ -19,11 +21,12 @@ from prophrl_agents.evaluation_report import EvalConfig, run_eval
 from prophrl_agents.flow_sde import LastStep, schedule
 from prophrl_agents.flowscale import flowscale_weights
 from prophrl_agents.losses import fa_grpo_loss
+from prophrl_agents.policies.average import average_policies
 from prophrl_agents.policies.small import SmallFlowPolicyConfig
 from prophrl_agents.sft import SFT_PAPER, SFT_SMOKE, SFT_TABLETOP, SFTConfig, run_sft
 from prophrl_agents.trainer import run_train
 
-__all__ = ["COMMANDS", "demo", "evaluate", "info", "main", "record", "sft", "train"]
+__all__ = ["COMMANDS", "average", "demo", "evaluate", "info", "main", "record", "sft", "train"]
 
 Imitation = (
     Annotated[SFTConfig, subcommand("tabletop", default=SFT_TABLETOP)]
@@ -124,6 +127,28 @@ def record(
     print(recorded(out, made, steps))
 
 
+def average(
+    out: Positional[Path],
+    policies: Positional[tuple[str, ...]],
+    weights: tuple[float, ...] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Average the weights of policies that were reinforced from the same one, for example by runs of several seeds.
+
+    Args:
+        out: folder of the new policy; one that is there is not replaced.
+        policies: folders, or names of packaged policies.
+        weights: of each, relative to one another; all the same by default.
+        dtype: of the stored weights.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; give another folder for the mean")
+    policy = average_policies(policies, weights)
+    with atomic_folder(out) as folder:
+        policy.save_pretrained(folder, dtype=getattr(torch, dtype))
+    print(f"mean of {len(policies)} policies: {out}; measure it with prophrl eval")
+
+
 def info(
     num_flow_steps: int = SmallFlowPolicyConfig.num_flow_steps,
     noise_level: float = SmallFlowPolicyConfig.noise_level,
@@ -195,6 +220,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "record": record,
+    "average": average,
     "demo": demo,
     "info": info,
 }

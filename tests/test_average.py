@@ -69,7 +69,7 @@ def test_the_command_saves_equal_shares_and_replaces_nothing(
 
 
 def test_weights_are_checked(pair: list[Path]) -> None:
-    with pytest.raises(ValueError, match=r"1 checkpoint\(s\) to average; expected at least 2"):
+    with pytest.raises(ValueError, match=r"1 to average; expected at least 2 checkpoints"):
         average_worlds(pair[:1])
     with pytest.raises(ValueError, match="3 weights for 2 checkpoints"):
         average_worlds(pair, [1.0, 1.0, 1.0])

@@ -6,13 +6,14 @@ better (Wortsman et al. 2022), and costs no more than one to run. Whether it doe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ..averaging import shares_of, weighted_mean
 from .prophet import ProphetWorldModel
 
 
@@ -30,24 +31,19 @@ def average_worlds(checkpoints: Sequence[Path], weights: Sequence[float] | None 
     Raises:
         ValueError: fewer than two checkpoints, bad weights, or checkpoints that differ in more than weights.
     """
-    if len(checkpoints) < 2:
-        raise ValueError(f"{len(checkpoints)} checkpoint(s) to average; expected at least 2")
-    weights = [1.0] * len(checkpoints) if weights is None else list(weights)
-    if len(weights) != len(checkpoints):
-        raise ValueError(f"{len(weights)} weights for {len(checkpoints)} checkpoints; give one each, or none")
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(f"weights {weights}: expected numbers above 0; leave a checkpoint out to give it none")
-    shares = [weight / sum(weights) for weight in weights]
+    shares = shares_of(weights, len(checkpoints), "checkpoints")
     first = ProphetWorldModel.from_pretrained(checkpoints[0])
-    total = {name: shares[0] * value for name, value in first.transformer.state_dict().items()}
     trained_on = [first.config.trained_on]
-    for checkpoint, share in zip(checkpoints[1:], shares[1:], strict=True):
-        world = ProphetWorldModel.from_pretrained(checkpoint)
-        _require_alike(first, world, checkpoints[0], checkpoint)
-        for name, value in world.transformer.state_dict().items():
-            total[name] += share * value
-        trained_on.append(world.config.trained_on)
-    first.transformer.load_state_dict(total)
+
+    def states() -> Iterator[dict[str, Tensor]]:
+        yield first.transformer.state_dict()
+        for checkpoint in checkpoints[1:]:
+            world = ProphetWorldModel.from_pretrained(checkpoint)
+            _require_alike(first, world, checkpoints[0], checkpoint)
+            trained_on.append(world.config.trained_on)
+            yield world.transformer.state_dict()
+
+    first.transformer.load_state_dict(weighted_mean(states(), shares))
     first.config = replace(first.config, trained_on="; ".join(dict.fromkeys(trained_on)))
     return first
 
