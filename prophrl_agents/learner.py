@@ -23,7 +23,8 @@ class TrainablePolicy(FlowPolicy, Protocol):
     """A :class:`FlowPolicy` that is a ``torch.nn.Module`` and can be saved.
 
     Some settings ask for more: ``freeze_trunk`` for a submodule ``trunk``, flow settings for ``set_flow``, ``beta`` and
-    ``ema_decay`` for a network that ``copy.deepcopy`` copies, "filtered_bc" for ``imitation_loss``, "ppo" for ``encode``, as :class:`SmallFlowPolicy` has them.
+    ``ema_decay`` for a network that ``copy.deepcopy`` copies, "filtered_bc" for ``imitation_loss``, "ppo" for
+    ``encode``, as :class:`SmallFlowPolicy` has them.
     """
 
     def parameters(self) -> Iterable[nn.Parameter]:
