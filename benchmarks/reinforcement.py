@@ -59,6 +59,8 @@ class Config:
     """Updates of 256 rollouts."""
     learning_rate: float = TABLETOP.learning_rate
     """Peak learning rate of every arm."""
+    ema_decay: float = TABLETOP.ema_decay
+    """Of the running mean that is evaluated; 0: the last weights."""
     beta: float = 0.0
     """Weight of the KL to the first policy (arms other than filtered BC)."""
     checkpoint: str | None = None
@@ -108,6 +110,7 @@ def training(config: Config, run: Run) -> TrainConfig:
         videos_every=0,
         updates=config.updates,
         learning_rate=config.learning_rate,
+        ema_decay=config.ema_decay,
         warmup_updates=min(TABLETOP.warmup_updates, max(config.updates // 4, 1)),
         beta=0.0 if changes.get("algorithm") == "filtered_bc" else config.beta,
         snapshots=snapshot_folder(config, run.snapshots),
