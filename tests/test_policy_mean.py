@@ -18,7 +18,9 @@ def pair(tmp_path_factory):
     """Two policies with one normalisation and other weights."""
     root = tmp_path_factory.mktemp("policies")
     for name, seed in (("one", 0), ("two", 1)):
-        make_reach_policy(seed=seed).save_pretrained(root / name)
+        policy = make_reach_policy(seed=seed)
+        policy.normalizer.state_mean.copy_(torch.linspace(0.1, 0.7, 4))  # a third of each, three times, is another
+        policy.save_pretrained(root / name)
     return [root / "one", root / "two"]
 
 
@@ -30,8 +32,8 @@ def test_the_mean_has_the_shares_asked_for(pair):
     first, second = states(*pair)
     mean = average_policies(pair, [3, 1]).state_dict()
     moved = 0
-    third = average_policies([*pair, pair[0]]).state_dict()
-    assert all(torch.equal(third[name], first[name]) for name in first if name.startswith("normalizer."))
+    of_three = average_policies([*pair, pair[0]], [1, 2, 4]).state_dict()
+    assert all(torch.equal(of_three[name], first[name]) for name in first if name.startswith("normalizer."))
     for name, value in mean.items():
         torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name], msg=name)
         moved += not torch.equal(first[name], second[name])
