@@ -1,7 +1,7 @@
 """Reinforcement in miniature (Tables 8 and 10): algorithms, worlds and numbers of snapshots, on equal budgets.
 
 ``python benchmarks/reinforcement.py`` reinforces one policy by every arm in every environment with every seed, then
-evaluates the last policy of each run in the simulator: same starts, same noise, paired with the policy they all began
+evaluates the policy of each run in the simulator: same starts, same noise, paired with the policy they all began
 from. Runs in Prophet never see a simulator: it gives no reward and chooses no checkpoint. Finished runs are kept and
 interrupted ones continue, so the table can grow over several calls (``--arms``, ``--envs``, ``--seeds``,
 ``--snapshots``). One run of 32 updates takes about ten minutes on one CPU core.
@@ -28,6 +28,7 @@ from prophrl_agents.environments import make_environment
 from prophrl_agents.evaluate import Comparison, Evaluation, compare, evaluate_policy, evaluate_starts
 from prophrl_agents.governor import GovernorRules
 from prophrl_agents.policies.small import SmallFlowPolicy
+from prophrl_agents.run_folder import RunFolder
 from prophrl_agents.trainer import GRPOTrainer
 
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -163,8 +164,11 @@ def play(config: Config, run: Run) -> Comparison:
     torch.set_num_threads(1)
     folder = config.out / run.name
     before = evaluated(config, config.policy, config.out / "before.npy")
-    if not (folder / "policy" / "config.json").exists():
-        GRPOTrainer(training(config, run)).train()
+    settings = training(config, run)
+    if (folder / "policy" / "config.json").exists():
+        RunFolder(folder).require(settings)  # its name does not tell the number of updates, among others
+    else:
+        GRPOTrainer(settings).train()
     return compare(before, evaluated(config, folder / "policy", folder / "success.npy"))
 
 

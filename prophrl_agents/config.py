@@ -87,7 +87,7 @@ class TrainConfig:
     policy: Path = Path("runs/sft/policy")
     """Folder of the policy to improve, as save_pretrained wrote it."""
     run: Path = Path("runs/train")
-    """Run folder; the results are run/policy (last) and run/best (best evaluation)."""
+    """Run folder; the results are run/policy (last, or the running mean) and run/best (best evaluation)."""
     resume: bool = False
     """Continue the run in that folder; on a CPU to the same bits."""
     seed: int = 0

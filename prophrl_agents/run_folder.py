@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def policy(self) -> Path:
-        """Where the policy of the last update goes."""
+        """Where the last policy goes, or the running mean up to it."""
         return self.path / "policy"
 
     @property
@@ -61,8 +61,7 @@ class RunFolder:
                 damaged, or there is nothing to resume.
         """
         if self.processes.is_main_process:
-            settings = {name: value for name, value in asdict(config).items() if name != "resume"}
-            prepare_run(self.path, settings, config.resume)
+            prepare_run(self.path, _settings(config), config.resume)
         self.processes.wait_for_everyone()
         self.tensorboard.start()
         last = self.checkpoints / "last.pt"
@@ -72,6 +71,14 @@ class RunFolder:
             self.metrics.write_bytes(text[: text.rfind(b"\n") + 1])  # a killed run may leave half a line
             forget_after(self.metrics, -1 if state is None else state["progress"]["update"])
         return state
+
+    def require(self, config: TrainConfig) -> None:
+        """Requires that the run in the folder, finished or not, has these settings.
+
+        Raises:
+            ValueError: it has others, which are named, or there is none.
+        """
+        prepare_run(self.path, _settings(config), True)
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and gives its numbers to the trackers."""
@@ -126,3 +133,7 @@ class RunFolder:
 
     def _best_path(self, update: int) -> Path:
         return self.checkpoints / f"best-{update}.pt"
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name != "resume"}

@@ -85,7 +85,8 @@ class GRPOTrainer:
 
     Args:
         config: settings.
-        policy: what learns, in place; default the one in ``config.policy``.
+        policy: what learns, in place; default the one in ``config.policy``. What is saved is ``learner.result``, which
+            with ``config.ema_decay`` is another object.
         env: where rollouts are rewarded, one environment or several; default those of ``config.env``.
         eval_env: where the policy is evaluated, one environment or several; default those of ``config.eval_env``, else
             ``env``.
@@ -159,7 +160,7 @@ class GRPOTrainer:
                     shown = [name for name in ("reward_mean", "success_rate", "eval_success_rate") if name in line]
                     bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
                     bar.update()
-            self._save_policy("policy")
+            self._save_policy("policy", self.learner.result)
         finally:
             self.folder.close()
             for environment in self._own:
@@ -305,11 +306,12 @@ class GRPOTrainer:
     def _note_best(self) -> None:
         self.progress.best_update = self.progress.update
         self.folder.save_best(self.learner.state_dict(), self.progress.update)
-        self._save_policy("best")
+        judged = self.learner.result if self.governor is None else self.learner.policy  # who made the replayed rollouts
+        self._save_policy("best", judged)
 
-    def _save_policy(self, name: str) -> None:
+    def _save_policy(self, name: str, policy: TrainablePolicy) -> None:
         if self.processes.is_main_process:
-            self.learner.result.save_pretrained(self.config.run / name)
+            policy.save_pretrained(self.config.run / name)
 
     def _save_last(self) -> None:
         state = {"learner": self.learner.state_dict(), "progress": asdict(self.progress)}
@@ -380,5 +382,6 @@ def run_train(config: TrainConfig) -> str:
         before, best = result.first_evaluation, result.best_evaluation
         lines.append(f"success in evaluations: {before:.1%} before any update, {best:.1%} at the best")
         lines.append(f"best policy: {config.run / 'best'}, after update {result.best_update}")
-    lines.append(f"last policy: {config.run / 'policy'}")
+    kind = "running mean of the weights" if config.ema_decay else "last policy"
+    lines.append(f"{kind}: {config.run / 'policy'}")
     return "\n".join(lines)

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from reach import make_reach, make_reach_policy
-from test_trainer import QUICK, lines_of, weights_of, without_times
+from test_trainer import QUICK, ScriptedTruth, lines_of, weights_of, without_times
 
 import prophrl_agents.trainer as trainer_module
 from prophrl_agents import SmallFlowPolicy
+from prophrl_agents.governor import Governor, GovernorRules
 from prophrl_agents.learner import Learner
 from prophrl_agents.trainer import GRPOTrainer
 
@@ -54,6 +55,18 @@ def test_the_mean_is_evaluated_and_saved_and_changes_nothing_else(tmp_path, monk
         for name in ("rate", "low", "high"):
             line.pop(f"eval_success_{name}")
     assert lines[0] == lines[1]
+
+
+def test_the_best_that_a_governor_finds_are_the_weights_that_acted(tmp_path):
+    config = dataclasses.replace(QUICK, run=tmp_path, updates=4, ema_decay=DECAY)
+    governor = Governor(ScriptedTruth([0.2, 0.4, 0.5, 0.9]), GovernorRules(every=1))
+    policy = make_reach_policy()
+    result = GRPOTrainer(config, policy, make_reach(8), governor=governor).train()
+    assert result.best_update == 3
+    three = make_reach_policy()
+    GRPOTrainer(dataclasses.replace(config, run=tmp_path / "three", updates=3), three, make_reach(8)).train()
+    best = weights_of(SmallFlowPolicy.from_pretrained(tmp_path / "best"))
+    assert torch.equal(best, weights_of(three)) and not torch.equal(best, weights_of(policy))
 
 
 def test_weights_that_stand_still_have_themselves_as_mean():
