@@ -16,6 +16,7 @@ export_half "$runs/sft/policy" "$runs/policies/tabletop-sft"
 
 "$(dirname "$prophrl")/python" benchmarks/reinforcement.py --policy "$runs/policies/tabletop-sft" --out "$runs/learned" \
   --arms flowscale --envs Prophet-Tabletop-v0 --updates 40 --ema-decay 0 --checkpoint "$runs/mean" --judge "$runs/mean/judge"
-[ -e "$runs/policies/tabletop-reinforced" ] || "$prophrl" average "$runs/policies/tabletop-reinforced" \
+rm -rf "$runs/policies/tabletop-reinforced"
+"$prophrl" average "$runs/policies/tabletop-reinforced" \
   "$runs"/learned/flowscale-Prophet-Tabletop-v0-1024-{0,1,2}/policy --dtype float16
 "$prophrl" eval "$runs/policies/tabletop-reinforced" --against "$runs/policies/tabletop-sft" --n 800 --env None --seed 1
