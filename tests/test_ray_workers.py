@@ -38,6 +38,7 @@ def ray():
     torch.set_num_threads(1)  # as in workers with one CPU
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import moody.py
+        environment.setenv("RAY_worker_niceness", "0")  # at Ray's 15 they wait for whatever else the machine does
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
         yield ray
         ray.shutdown()
