@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class Voters:
     takes_video = False
     identity = {"backend": "voters"}
 
-    def ask(self, questions: list, sampling: object) -> list[list[Answer]]:
+    def ask(self, questions: list, sampling: object, done: Callable) -> list[list[Answer]]:
         import io
 
         from PIL import Image
@@ -87,6 +88,7 @@ class Voters:
             boxes = ["Success"] * ayes + ["Failure"] * (count - ayes)
             order = np.random.default_rng(question.seeds[0]).permutation(count)
             answers.append([Answer(f"\\box{{{boxes[i]}}}" if share > 0 else "no idea") for i in order])
+            done(len(answers) - 1, answers[-1])
         return answers
 
 

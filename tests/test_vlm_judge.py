@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import math
+import signal
 import socket
 import sys
 import time
@@ -291,6 +292,28 @@ def test_answers_are_kept_and_errors_are_not(server: str, tmp_path: Path, caplog
         json.loads(file.read_text(), parse_constant=pytest.fail)
         file.write_text(content)
     assert asked(config)[0] == 15 and "cannot be read and are asked for again" in caplog.text
+
+
+def test_answers_before_an_interruption_are_kept(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ServerBackend("tiny", server, timeout=5, max_retries=0, concurrency=1)
+    judge = VLMJudge(backend, replace(SMALL, cache=str(tmp_path)))
+    batch = [rollout(True), rollout(False), rollout(True, seed=1)], ["look"] * 3
+    request, asked = ServerBackend._request, []
+
+    async def interrupted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) > 8:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+            await asyncio.sleep(60)
+        return await request(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ServerBackend, "_request", interrupted)
+        judge.judge_batch(*batch)
+    assert len(list(tmp_path.rglob("*.json"))) == 1, "five answers of eight complete a question"
+    before = stats(server)["requests"]
+    assert [verdict.success for verdict in judge.judge_batch(*batch)] == [True, False, True]
+    assert stats(server)["requests"] - before == 10
 
 
 def test_a_cache_serves_other_people_and_leaves_nothing_half_written(

@@ -55,7 +55,9 @@ def test_qwen_in_this_process_votes_and_gives_probabilities(qwen: TransformersBa
 def test_a_question_that_breaks_the_model_costs_only_itself(qwen: TransformersBackend) -> None:
     sampling = Sampling(0.7, 8, logprobs=False)
     sound = Question("look", encode_frames(MOVIES[0][:2], 56, "jpeg"), ("a", "b"), "image/jpeg", False, (1, 2))
-    good, bad = qwen.ask([sound, replace(sound, images=(b"no picture", b""))], sampling)
+    seen = {}
+    good, bad = qwen.ask([sound, replace(sound, images=(b"no picture", b""))], sampling, seen.__setitem__)
+    assert seen == {0: good, 1: bad}
     assert [answer.error for answer in good] == ["", ""] and all("UnidentifiedImageError" in a.error for a in bad)
     assert all(isinstance(answer, Answer) and answer.text in BOX.values() for answer in good)
 

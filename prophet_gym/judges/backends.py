@@ -12,7 +12,7 @@ import base64
 import json
 import os
 import shlex
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -96,6 +96,10 @@ class Answer:
     probability: float | None = None
 
 
+Done = Callable[[int, list[Answer]], None]
+"""What a backend calls once for every question: its index, its answers."""
+
+
 class Backend(Protocol):
     """Anything that answers questions about pictures."""
 
@@ -107,8 +111,12 @@ class Backend(Protocol):
         """What of the backend decides the answers, as JSON values: part of the key of cached answers."""
         ...
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
-        """Answers every question as often as it has seeds; never raises because of a single answer."""
+    def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
+        """Answers every question as often as it has seeds; never raises because of a single answer.
+
+        Calls ``done`` with the index of a question and its answers as soon as it has them, so that an interruption
+        costs no answer that was paid for.
+        """
         ...
 
 
@@ -159,22 +167,24 @@ class ServerBackend:
         """Model and server; how often and how patiently it is asked changes no answer."""
         return {"backend": "server", "model": self.model, "base_url": self.base_url}
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
+    def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Sends all requests, at most ``concurrency`` at a time; see :class:`Backend`."""
-        return _run(self._ask(questions, sampling))
+        return _run(self._ask(questions, sampling, done))
 
-    async def _ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
+    async def _ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         gate = asyncio.Semaphore(self.concurrency)
         async with _openai().AsyncOpenAI(**self._client_options(self.max_retries)) as client:
 
-            async def answers(question: Question) -> list[Answer]:
-                return await asyncio.gather(*(one(question, seed) for seed in question.seeds))
+            async def answers(index: int, question: Question) -> list[Answer]:
+                given = await asyncio.gather(*(one(question, seed) for seed in question.seeds))
+                done(index, given)
+                return given
 
             async def one(question: Question, seed: int) -> Answer:
                 async with gate:  # data URLs are made in here: only those under way take memory
                     return await self._request(client, question.messages(), seed, sampling)
 
-            return await asyncio.gather(*(answers(question) for question in questions))
+            return await asyncio.gather(*(answers(*question) for question in enumerate(questions)))
 
     async def _request(self, client: Any, messages: list[dict[str, Any]], seed: int, sampling: Sampling) -> Answer:
         extra = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if sampling.logprobs else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from prophet_gym.errors import MissingExtraError
-from prophet_gym.judges.backends import TOP_LOGPROBS, Answer, Question, Sampling
+from prophet_gym.judges.backends import TOP_LOGPROBS, Answer, Done, Question, Sampling
 from prophet_gym.judges.prompting import success_probability
 
 __all__ = ["TransformersBackend", "VLLMBackend", "chat_inputs", "load_model"]
@@ -45,14 +45,15 @@ class VLLMBackend:
         self._parameters = vllm.SamplingParams
         self._engine = vllm.LLM(model=model, **{**limits, **engine})
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
+    def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Answers all questions in one batch; if the engine refuses it, one by one, so that one costs no other."""
         try:
-            return self._chat(questions, sampling)
-        except Exception as error:  # a question that does not fit the model ends the whole batch
-            if len(questions) > 1:
-                return [answers for question in questions for answers in self.ask([question], sampling)]
-            return [[Answer(error=f"{type(error).__name__}: {error}")] * len(q.seeds) for q in questions]
+            given = self._chat(questions, sampling)
+        except Exception:  # a question that does not fit the model ends the whole batch
+            return _one_by_one(questions, lambda question: self._chat([question], sampling)[0], done)
+        for index, answers in enumerate(given):
+            done(index, answers)
+        return given
 
     def _chat(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
         pairs = [(question.messages(), seed) for question in questions for seed in question.seeds]
@@ -112,15 +113,9 @@ class TransformersBackend:
             raise ValueError(f"{adapter!r} is no adapter for {model!r} ({str(error).splitlines()[0]}).") from error
         return cls(network.to(device), processor, name=model, adapter=_digest(adapter))
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[list[Answer]]:
+    def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Answers one question after the other."""
-        return [self._answers(question, sampling) for question in questions]
-
-    def _answers(self, question: Question, sampling: Sampling) -> list[Answer]:
-        try:
-            return self._generate(question, sampling)
-        except Exception as error:  # too long for the model, out of memory: no vote, and the next question is asked
-            return [Answer(error=f"{type(error).__name__}: {error}")] * len(question.seeds)
+        return _one_by_one(questions, lambda question: self._generate(question, sampling), done)
 
     @torch.no_grad()
     def _generate(self, question: Question, sampling: Sampling) -> list[Answer]:
@@ -155,6 +150,20 @@ class TransformersBackend:
             tokens.append((tokenizer.decode([token]), likely))
         text = tokenizer.decode(row, skip_special_tokens=True)
         return Answer(text, finished=length is not None, probability=success_probability(tokens))
+
+
+def _one_by_one(
+    questions: Sequence[Question], answer: Callable[[Question], list[Answer]], done: Done
+) -> list[list[Answer]]:
+    """Answers each question alone; one that cannot be answered (too long, out of memory) gets no vote."""
+    given = []
+    for index, question in enumerate(questions):
+        try:
+            given.append(answer(question))
+        except Exception as error:
+            given.append([Answer(error=f"{type(error).__name__}: {error}")] * len(question.seeds))
+        done(index, given[-1])
+    return given
 
 
 def load_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:

@@ -147,11 +147,16 @@ class VLMJudge:
         keys = [self._key(question) for question in questions]
         answers = [self._cache.get(key) if self._cache else None for key in keys]
         new = [index for index, known in enumerate(answers) if known is None]
-        for index, given in zip(new, self._ask([questions[index] for index in new]), strict=True):
-            answers[index] = given
+
+        def keep(place: int, given: list[Answer]) -> None:
             if self._cache:
-                about = {"instruction": instructions[index], "model": self.backend.identity.get("model")}
-                self._cache.put(keys[index], given, about)
+                about = {"instruction": instructions[new[place]], "model": self.backend.identity.get("model")}
+                self._cache.put(keys[new[place]], given, about)
+
+        if new:
+            found = self.backend.ask([questions[index] for index in new], self._sampling, keep)
+            for index, given in zip(new, found, strict=True):
+                answers[index] = given
         return [self._verdict(given or []) for given in answers]
 
     def _question(self, frames: np.ndarray, instruction: str) -> Question:
@@ -169,9 +174,6 @@ class VLMJudge:
             "backend": self.backend.identity,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _ask(self, questions: list[Question]) -> list[list[Answer]]:
-        return self.backend.ask(questions, self._sampling) if questions else []
 
     def _verdict(self, answers: list[Answer]) -> Verdict:
         """Decides from the answers; the more that cannot be read, the closer to an abstention."""
