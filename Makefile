@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs bench lint clean
+.PHONY: help install demo test test-programs docs bench lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,9 +35,13 @@ demo: $(INSTALLED)  ## reinforce a policy inside Prophet, measure it in the simu
 	@echo "==> a policy gets better inside Prophet and proves it in MuJoCo: results go to runs/demo"
 	@$(BIN)/prophrl demo
 
-test: $(INSTALLED)  ## the default test suite (CPU, offline, five to nine minutes on two cores, by their age)
+test: $(INSTALLED)  ## the default test suite (CPU, offline on two cores)
 	@echo "==> running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-programs: $(INSTALLED)  ## the tests of whole programs: benchmarks, the demonstration, runs of several processes
+	@echo "==> running the tests of whole programs"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "programs and not gpu and not network"
 
 bench: $(INSTALLED)  ## rollout speed, cost against horizon, ratio to the naive pipeline
 	@$(BIN)/python benchmarks/rollout.py

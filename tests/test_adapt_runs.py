@@ -22,6 +22,7 @@ from prophet_gym.training.clips import ClipSource
 from prophet_gym.world_model import ProphetWorldModel
 
 
+@pytest.mark.programs
 def test_killed_run_resumes(config: AdaptConfig) -> None:  # noqa: F811
     command = [
         *(sys.executable, "-m", "prophet_gym.cli", "adapt", str(config.data), "--base", config.base),

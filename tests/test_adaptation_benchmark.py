@@ -41,6 +41,7 @@ def results(config: Config) -> dict:
 
 
 @pytest.mark.render
+@pytest.mark.programs
 def test_every_arm_ends_in_a_table_and_a_curve(config: Config, results: dict) -> None:
     found = summary(config, results)
     assert [(row["arm"], row["episodes"]) for row in found["rows"]] == [("base", 0), *((arm, 2) for arm in ARMS)]
@@ -54,6 +55,7 @@ def test_every_arm_ends_in_a_table_and_a_curve(config: Config, results: dict) ->
 
 
 @pytest.mark.render
+@pytest.mark.programs
 def test_arms_differ_in_their_start_and_in_nothing_else(config: Config, results: dict) -> None:
     folders = {arm: config.out / f"{arm}-2-0" for arm in ARMS}
     base = ProphetWorldModel.from_pretrained(adaptation.BASE)
@@ -80,6 +82,7 @@ def test_arms_differ_in_their_start_and_in_nothing_else(config: Config, results:
 
 
 @pytest.mark.render
+@pytest.mark.programs
 def test_finished_runs_are_kept_and_foreign_ones_refused(
     config: Config, results: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_recording_refuses_what_cannot_work(tmp_path, options, message):
         record_policy(tmp_path, "tabletop-sft", 0, 0, workers=0, **options)
 
 
+@pytest.mark.programs
 def test_the_demonstration_ends_in_one_page(tmp_path):
     from prophrl_agents.demo import DemoConfig, run_demo
 

@@ -15,6 +15,7 @@ from prophet_gym.world_model.presets import preset
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+@pytest.mark.programs
 def test_the_script_measures_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(
         preset="small", device="cpu", dtype="float32", image_size=64, batches=(1, 2), steps=(1, 2), repeats=1,

@@ -106,6 +106,7 @@ def test_seeds_of_the_sets_are_held_out_and_disjoint() -> None:
         list(benchmark._sets(replace(config, episodes=5001)))
 
 
+@pytest.mark.programs
 def test_the_command_records_judges_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SOURCES", ("expert", "failures", "tabletop-sft-in-world"))
     config = Config(out=tmp_path, episodes=2, calibration=2, workers=0, bootstrap=20)

@@ -223,6 +223,7 @@ def assert_trained_as_one(run: Path, alone: Path, kind: str) -> None:
     ProphetWorldModel.from_pretrained(run / "prophet")
 
 
+@pytest.mark.programs
 def test_two_replicas_train_as_one_process(folder: Path, alone: Path) -> None:
     """torchrun on gloo, the same global batch."""
     done = torchrun(folder, "ddp", "whole")
@@ -230,6 +231,7 @@ def test_two_replicas_train_as_one_process(folder: Path, alone: Path) -> None:
     assert_trained_as_one(folder / "ddp", alone, "Tensor")
 
 
+@pytest.mark.programs
 def test_two_shards_train_as_one_process_though_killed_on_the_way(folder: Path, alone: Path) -> None:
     run = folder / "fsdp2"
     assert torchrun(folder, "fsdp2", "killed").returncode != 0

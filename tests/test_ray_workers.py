@@ -27,6 +27,7 @@ from prophrl_agents.ray_workers import RayRollouts
 from prophrl_agents.rollout import collect_groups
 from prophrl_agents.trainer import GRPOTrainer
 
+pytestmark = pytest.mark.programs  # a cluster
 STARTS = [Start(seed) for seed in (4, 2, 9, 7, 1, 6, 3)]
 
 

@@ -17,6 +17,8 @@ from benchmarks.real import ARMS, SHIPPED, Config, Run, draw, held_out, main, pl
 from prophet_gym.data.record import record
 from prophet_gym.registration import ASSETS
 
+pytestmark = [pytest.mark.programs, pytest.mark.render]
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
@@ -44,7 +46,6 @@ def results(config: Config) -> dict[Run, dict]:
     return found
 
 
-@pytest.mark.render
 def test_every_arm_is_in_table_and_curves(config: Config, results: dict) -> None:
     text = table(config, results, "bridge")
     for part in ("| last frame repeated |", "| packaged |", "| packaged, shuffled actions |", "| without history |"):
@@ -54,7 +55,6 @@ def test_every_arm_is_in_table_and_curves(config: Config, results: dict) -> None
     assert 10_000 < (config.out / "real.png").stat().st_size < 300_000
 
 
-@pytest.mark.render
 def test_arms_differ_in_what_they_say(config: Config, results: dict) -> None:
     networks = {}
     for arm in ARMS:
@@ -71,7 +71,6 @@ def test_arms_differ_in_what_they_say(config: Config, results: dict) -> None:
     assert scores["full"] > scores["no_pretraining"] + 1, "one step from fresh weights is worse"
 
 
-@pytest.mark.render
 def test_finished_runs_are_kept_and_bad_requests_refused(config: Config, results: dict, tmp_path: Path) -> None:
     run = Run("bridge", "full", 0)
     assert play(config, run) == results[run]

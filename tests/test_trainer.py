@@ -353,6 +353,7 @@ def test_environments_by_id():
         make_environment("Prophet-Tabletop-v0", dataclasses.replace(world, chunk_length=25), chunk_length=8)
 
 
+@pytest.mark.programs
 def test_two_processes_learn_like_one(tmp_path):
     """torchrun on gloo: gradients, weights, metrics and whole runs equal those of one process with all rollouts."""
     from data_parallel import ALGORITHMS, learn, train

@@ -207,6 +207,7 @@ def test_resumed_run_has_the_same_bits(config: WorldModelConfig, tmp_path: Path,
     assert_same(weights(halves.run), weights(config.run))
 
 
+@pytest.mark.programs
 def test_killed_run_resumes(config: WorldModelConfig, tmp_path: Path) -> None:
     """SIGKILL in mid-run, then --resume, through the command line."""
     run = tmp_path / "killed"

@@ -67,6 +67,7 @@ def test_transformers_models_that_cannot_be_loaded_are_named(tmp_path: Path) -> 
         TransformersBackend.from_pretrained(str(tmp_path / "nothing"))
 
 
+@pytest.mark.programs
 def test_transformers_serve_answers_with_a_real_model(tmp_path: Path) -> None:
     """Somebody else's server, which lists no folders, knows no logprobs and refuses unknown fields."""
     pytest.importorskip("fastapi")
