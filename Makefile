@@ -35,13 +35,13 @@ demo: $(INSTALLED)  ## reinforce a policy inside Prophet, measure it in the simu
 	@echo "==> a policy gets better inside Prophet and proves it in MuJoCo: results go to runs/demo"
 	@$(BIN)/prophrl demo
 
-test: $(INSTALLED)  ## the default test suite (CPU, offline on two cores)
+test: $(INSTALLED)  ## the default test suite (CPU, offline)
 	@echo "==> running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-programs: $(INSTALLED)  ## the tests of whole programs: benchmarks, the demonstration, runs of several processes
 	@echo "==> running the tests of whole programs"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "programs and not gpu and not network"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 -m "programs and not gpu and not network"
 
 bench: $(INSTALLED)  ## rollout speed, cost against horizon, ratio to the naive pipeline
 	@$(BIN)/python benchmarks/rollout.py

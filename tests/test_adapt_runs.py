@@ -33,10 +33,12 @@ def test_killed_run_resumes(config: AdaptConfig) -> None:  # noqa: F811
     checkpoint = config.run_folder / "checkpoints" / "last.pt"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     step = torch.load(checkpoint, weights_only=True)["step"]
     stored = json.loads((config.run_folder / "config.json").read_text())
     stored["loop"]["steps"] = step + 1  # a shorter run, so that the test ends: the stored settings must agree

@@ -18,6 +18,7 @@ from prophet_gym.training.cost import (
     StepShape,
     activation_bytes,
     count_flops,
+    encoding_flops,
     expected_step_flops,
     saved_bytes,
     step_flops,
@@ -26,6 +27,7 @@ from prophet_gym.training.loop import LoopConfig, build_optimizers
 from prophet_gym.training.objective import ChunkDenoiser, ChunkNoise, mean_velocity_error
 from prophet_gym.training.plan import PlanConfig, format_plan, plan_pretraining, state_bytes
 from prophet_gym.training.pretrain import learn_what_is_used
+from prophet_gym.world_model.codec import VideoCodec
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.prophet import ProphetConfig
 from prophet_gym.world_model.transformer import ProphetTransformer
@@ -74,6 +76,15 @@ def test_operations_of_shorter_chunks_are_averaged(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("prophet_gym.training.cost.step_flops", lambda shape, frames: counted[frames])
     costs = [counted[frames][1] for frames in range(2, 7)]
     assert expected_step_flops(shape, 0.25) == pytest.approx(0.25 * costs[-1] + 0.75 * sum(costs) / 5)
+
+
+def test_operations_of_the_codec_are_those_of_a_real_one() -> None:
+    settings = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
+    codec = VideoCodec(AutoencoderKLWan(**settings, latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+    config = {**codec.vae.config}
+    clip = torch.zeros(1, 5, *SIZE, 3, dtype=torch.uint8)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        assert encoding_flops(AutoencoderKLWan, config, 5, SIZE) == count_flops(lambda: codec.encode(clip))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

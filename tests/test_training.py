@@ -219,10 +219,12 @@ def test_killed_run_resumes(config: WorldModelConfig, tmp_path: Path) -> None:
     checkpoint = run / "checkpoints" / "last.pt"
     process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert checkpoint.exists()
     step = torch.load(checkpoint, weights_only=True)["step"]
     stored = json.loads((run / "config.json").read_text())

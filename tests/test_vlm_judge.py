@@ -33,6 +33,7 @@ from prophet_gym.judges import (
     VLMJudge,
     open_judge,
 )
+from prophet_gym.judges.backends import Answer
 from prophet_gym.judges.prompting import load_prompt
 
 YES, NO = BOX[True], BOX[False]
@@ -303,17 +304,36 @@ def test_answers_before_an_interruption_are_kept(server: str, tmp_path: Path, mo
     async def interrupted(*arguments: Any) -> Any:
         asked.append(arguments)
         if len(asked) > 8:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C
-            await asyncio.sleep(60)
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(5)
+            pytest.fail("Ctrl-C was not heard")
         return await request(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ServerBackend, "_request", interrupted)
-        judge.judge_batch(*batch)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without one
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ServerBackend, "_request", interrupted)
+            judge.judge_batch(*batch)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert len(list(tmp_path.rglob("*.json"))) == 1, "five answers of eight complete a question"
     before = stats(server)["requests"]
     assert [verdict.success for verdict in judge.judge_batch(*batch)] == [True, False, True]
     assert stats(server)["requests"] - before == 10
+
+
+def test_a_backend_that_does_not_say_what_it_has_is_cached_too(tmp_path: Path) -> None:
+    class Silent:
+        takes_video, identity, asked = False, {"backend": "silent"}, 0
+
+        def ask(self, questions: list[Any], sampling: Any, done: Any) -> list[list[Answer]]:
+            self.asked += len(questions)
+            return [[Answer(YES)] * len(question.seeds) for question in questions]
+
+    backend = Silent()
+    for asked in (1, 1):
+        assert VLMJudge(backend, replace(SMALL, cache=str(tmp_path)))(rollout(True), "look").success is True
+        assert backend.asked == asked
 
 
 def test_a_cache_serves_other_people_and_leaves_nothing_half_written(

@@ -114,8 +114,8 @@ class Backend(Protocol):
     def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Answers every question as often as it has seeds; never raises because of a single answer.
 
-        Calls ``done`` with the index of a question and its answers as soon as it has them, so that an interruption
-        costs no answer that was paid for.
+        Calls ``done`` with the index of a question and its answers as soon as it has them all, so that an interruption
+        costs the questions under way and no others.
         """
         ...
 

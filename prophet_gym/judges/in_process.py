@@ -48,8 +48,10 @@ class VLLMBackend:
     def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Answers all questions in one batch; if the engine refuses it, one by one, so that one costs no other."""
         try:
-            given = self._chat(questions, sampling)
+            given = self._chat(questions, sampling) if len(questions) > 1 else None
         except Exception:  # a question that does not fit the model ends the whole batch
+            given = None
+        if given is None:
             return _one_by_one(questions, lambda question: self._chat([question], sampling)[0], done)
         for index, answers in enumerate(given):
             done(index, answers)

@@ -149,14 +149,16 @@ class VLMJudge:
         new = [index for index, known in enumerate(answers) if known is None]
 
         def keep(place: int, given: list[Answer]) -> None:
+            answers[new[place]] = given
             if self._cache:
                 about = {"instruction": instructions[new[place]], "model": self.backend.identity.get("model")}
                 self._cache.put(keys[new[place]], given, about)
 
         if new:
             found = self.backend.ask([questions[index] for index in new], self._sampling, keep)
-            for index, given in zip(new, found, strict=True):
-                answers[index] = given
+            for place, (index, given) in enumerate(zip(new, found, strict=True)):
+                if answers[index] is None:  # a backend that does not say what it has
+                    keep(place, given)
         return [self._verdict(given or []) for given in answers]
 
     def _question(self, frames: np.ndarray, instruction: str) -> Question:

@@ -1,7 +1,8 @@
 """What a training step costs, counted on the network itself without running it.
 
-The denoiser is built on fake tensors, which have shapes and types but no memory, with one and with two blocks; torch
-counts the operations of a forward and backward pass and autograd says what it keeps. Both are linear in the number of
+The denoiser is built with one and with two blocks on tensors that have shapes and types but no memory: on "meta" torch
+counts the operations of a forward and backward pass; on fake tensors, on which autocast acts, autograd says what it
+keeps. Both are linear in the number of
 blocks, and what is kept is linear in the batch, so that two points give the whole network at any batch size.
 """
 
@@ -133,7 +134,7 @@ def activation_bytes(shape: StepShape, latent_frames: int) -> tuple[float, float
 
 def encoding_flops(vae_class: Any, vae_config: Mapping[str, Any], frames: int, image_size: tuple[int, int]) -> float:
     """Operations that encode one clip of ``frames`` frames (1 + 4n)."""
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         codec = VideoCodec(vae_class.from_config(dict(vae_config)))
         clip = torch.zeros(1, frames, *image_size, 3, dtype=torch.uint8)
         return count_flops(lambda: codec.encode(clip))
