@@ -4,7 +4,7 @@
 evaluates the policy of each run in the simulator: same starts, same noise, paired with the policy they all began
 from. Runs in Prophet never see a simulator: it gives no reward and chooses no checkpoint. Finished runs are kept and
 interrupted ones continue, so the table can grow over several calls (``--arms``, ``--envs``, ``--seeds``,
-``--snapshots``). One run of 32 updates takes about ten minutes on one CPU core.
+``--snapshots``). One run of 32 updates takes ten to thirty minutes on one CPU core.
 """
 
 from __future__ import annotations
