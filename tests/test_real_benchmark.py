@@ -50,7 +50,7 @@ def test_every_arm_is_in_table_and_curves(config: Config, results: dict) -> None
     text = table(config, results, "bridge")
     for part in ("| last frame repeated |", "| packaged |", "| packaged, shuffled actions |", "| without history |"):
         assert part in text, part
-    assert f"{len(held_out(config, 'bridge'))} windows" in text and len(held_out(config, "bridge")) == 2
+    assert f"{len(held_out(config, 'bridge'))} windows" in text and len(held_out(config, "bridge")) == 3
     draw(results, ("bridge",), config.out / "real.png")
     assert 10_000 < (config.out / "real.png").stat().st_size < 300_000
 
