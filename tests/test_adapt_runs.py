@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from killed import kill_at_checkpoint
 from test_adapt import LOOP, config, data, env_steps, fresh_accelerator, square  # noqa: F401
 
 from prophet_gym.data.windows import EpisodeWindows
@@ -31,14 +29,7 @@ def test_killed_run_resumes(config: AdaptConfig) -> None:  # noqa: F811
         *("--mixed-precision", "no", "--steps", "4000"),
     ]
     checkpoint = config.run_folder / "checkpoints" / "last.pt"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    try:
-        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_at_checkpoint(command, checkpoint)
     step = torch.load(checkpoint, weights_only=True)["step"]
     stored = json.loads((config.run_folder / "config.json").read_text())
     stored["loop"]["steps"] = step + 1  # a shorter run, so that the test ends: the stored settings must agree

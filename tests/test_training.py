@@ -1,10 +1,8 @@
 """Training end to end on a made-up data set: learns, resumes to the same bits, survives SIGKILL, refuses bad runs."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from killed import kill_at_checkpoint
 
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
@@ -217,14 +216,7 @@ def test_killed_run_resumes(config: WorldModelConfig, tmp_path: Path) -> None:
         *("--num-attention-heads", "1", "--num-layers", "1", "--batch-size", "2", "--save-every", "2"),
     ]
     checkpoint = run / "checkpoints" / "last.pt"
-    process = subprocess.Popen([*command, "--steps", "4000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    try:
-        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_at_checkpoint([*command, "--steps", "4000"], checkpoint)
     assert checkpoint.exists()
     step = torch.load(checkpoint, weights_only=True)["step"]
     stored = json.loads((run / "config.json").read_text())
