@@ -145,7 +145,7 @@ def audit(
 
     Args:
         data: a folder of episodes, a LeRobot, RLDS or HDF5 data set.
-        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera; the card's or the first by default.
         episodes: how many, from the first; each is decoded once.
         out: JSON file for the findings.
@@ -297,7 +297,7 @@ def evaluate(
         steps: imagined frames of each.
         stride: cut recordings into windows of ``steps`` commands that begin so many commands apart, each an episode;
             by default a recording gives one, from its start.
-        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera; the card's or the first by default.
         num_inference_steps: denoising steps; the checkpoint's by default.
         batch_size: episodes imagined at once.

@@ -87,7 +87,8 @@ class TrainConfig:
     policy: Path = Path("runs/sft/policy")
     """Folder of the policy to improve, as save_pretrained wrote it."""
     run: Path = Path("runs/train")
-    """Run folder; the results are run/policy (last, or the running mean) and run/best (best evaluation)."""
+    """Run folder. Results: run/policy (last, or the running mean) and run/best: of the best evaluation, or, with a
+    governor, the weights that acted when it saw the highest true success."""
     resume: bool = False
     """Continue the run in that folder; on a CPU to the same bits."""
     seed: int = 0

@@ -107,6 +107,7 @@ def _training(config: DemoConfig, run: Path) -> TrainConfig:
         resume=(run / "checkpoints").exists(),
         seed=config.seed,
         updates=config.updates,
+        ema_decay=0.0,  # so short a run is all ascent: a running mean would lag behind its last weights
         rollouts_per_update=config.rollouts,
         mini_batch=min(TABLETOP.mini_batch, config.rollouts),
         world=WorldConfig(checkpoint=config.checkpoint, dtype=fast_dtype("cpu")),

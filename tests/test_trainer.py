@@ -29,7 +29,7 @@ QUICK = TrainConfig(
     eval_every=0, eval_starts=8, videos_every=0, log_grad_every=0,
 )  # fmt: skip
 RECIPE = dataclasses.replace(
-    QUICK, updates=30, rollouts_per_update=128, group_size=8, mini_batch=64, epochs=2, eval_every=15, eval_starts=20
+    QUICK, updates=20, rollouts_per_update=128, group_size=8, mini_batch=64, epochs=2, eval_every=10, eval_starts=20
 )
 
 

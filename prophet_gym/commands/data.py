@@ -46,7 +46,7 @@ def convert(
         data: a data set of any format.
         out: where it goes.
         format: "folder" keeps everything and every pixel; "lerobot" is compressed, without labels.
-        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera; the card's or the first by default.
         image_size: height and width in pixels that images and calibration are stretched to; as they are by default.
         episodes: which, by number from 0; all by default.

@@ -69,7 +69,7 @@ class Measurement:
         chunk_length: commands of a prediction; the model's maximum by default.
         seed: of the imagination and the bootstrap.
         labels: JSON file of `prophet judge label`; only the episodes that it decides are used.
-        card: what the numbers of the data mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers of the data mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera of the data; the card's or the first by default.
     """
 
@@ -138,7 +138,7 @@ class Labelling:
         width: of a frame in the terminal, in columns.
         page: write this HTML file instead of asking here; it downloads its labels as a JSON file for `merge`.
         merge: take the labels of this file into `out`, and ask nothing.
-        card: what the numbers of the data mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers of the data mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera of the data; the card's or the first by default.
     """
 

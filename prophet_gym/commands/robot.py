@@ -37,7 +37,7 @@ def calibrate(
         clicks: CSV or JSON file of episode, frame, u, v (pixels from the centre of the top left one); ten or more.
         out: JSON file of the camera.
         apply: folder for a copy of all episodes with this camera, as `prophet adapt` takes it.
-        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ...
+        card: what the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file
         camera: which camera was clicked on; the card's or the first by default.
         offset: of the clicked point from the end-effector's origin, metres along its axes.
         principal_point: cx and cy in pixels; the middle of the image by default.

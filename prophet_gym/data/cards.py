@@ -7,8 +7,10 @@ it, and `DatasetCard.unknown` lists those fields. Readers refuse a card that lac
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from prophet_gym.actions import ACTION_SPECS, ActionSpec, Gripper
@@ -211,15 +213,59 @@ CARDS: dict[str, DatasetCard] = {card.name: card for card in _CARDS}
 
 
 def get_card(card: str | DatasetCard) -> DatasetCard:
-    """Return a card, by name or as given.
+    """Return a card: by name, from a TOML file, or as given.
 
     Raises:
-        ValueError: If there is no card of this name; a near name is suggested.
+        ValueError: If there is no card of this name (a near one is suggested), or as `read_card`.
     """
     if isinstance(card, DatasetCard):
         return card
+    if is_card_file(card):
+        return read_card(card)
     if card not in CARDS:
         raise ValueError(
-            f"no dataset card {card!r}; expected one of {list(CARDS)} or a DatasetCard.{nearest(card, CARDS)}"
+            f"no dataset card {card!r}; expected one of {list(CARDS)}, a .toml file or a DatasetCard."
+            f"{nearest(card, CARDS)}"
         )
     return CARDS[card]
+
+
+def is_card_file(card: str) -> bool:
+    """Whether a card is given as a file."""
+    return card.endswith(".toml")
+
+
+def read_card(file: str | Path) -> DatasetCard:
+    """Read a card from a TOML file with the fields of `DatasetCard`: ``[action_spec]`` and ``[[state]]`` are tables.
+
+    A spec has to state ``delta``, ``rotation`` and ``gripper``; its other fields are `ActionSpec`'s defaults where the
+    file says nothing. The name is the file's where it gives none.
+
+    Raises:
+        ValueError: If the file is unreadable, a key unknown, or a value of the wrong kind; the message names the file.
+    """
+    file = Path(file)
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as a card in TOML ({error})") from error
+    try:
+        for key, value in values.items():
+            if key in _KINDS and not isinstance(value, _KINDS[key]):
+                raise ValueError(f"{key}={value!r}; expected {_KINDS[key].__name__}")
+        spec = values.get("action_spec")
+        if spec is not None:
+            lacking = [key for key in ("delta", "rotation", "gripper") if key not in spec]
+            if lacking:
+                raise ValueError(f"[action_spec] lacks {lacking}; conventions are not guessed")
+            values["action_spec"] = {**{field.name: field.default for field in fields(ActionSpec)}, **spec}
+        return DatasetCard.from_dict({"name": file.stem, **values})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+_KINDS: dict[str, type] = {
+    **{"name": str, "fit": str, "actions_from": str, "source": str, "notes": str, "action_frames": bool},
+    **{"resolution": list, "cameras": list, "action_keys": list, "state_keys": list, "state": list},
+    "action_spec": dict,
+}

@@ -61,8 +61,9 @@ def open_dataset(
 
     Args:
         path: File or folder; its format is recognised (`detect_format`).
-        card: What the numbers mean: a name of `CARDS`, or a card. Needed for RLDS, and for LeRobot sets that carry
-            none; LIBERO's by default for HDF5; none for a folder of episodes, which says it itself.
+        card: What the numbers mean: a name of `CARDS`, a TOML file (`read_card`), or a card. Needed for RLDS, and for
+            LeRobot sets that carry none; LIBERO's by default for HDF5; none for a folder of episodes, which says it
+            itself.
         camera: Which camera; see the readers for the default.
         split: Split of an RLDS set, ``"train"`` by default.
         on_error: ``"raise"`` at the access of a bad episode; ``"skip"`` reads and decodes all of them once now, leaves

@@ -38,7 +38,7 @@ class AdaptConfig:
     name: str | None = None
     """Name of the new checkpoint; default that of OUT."""
     card: str | None = None
-    """What the numbers mean, for formats that do not say: bridge, droid, libero, ..."""
+    """What the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file"""
     camera: str | None = None
     """Which camera; the card's or the first by default."""
     clip_length: int | None = None

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
 from ..atomic import atomic_folder
-from ..data.cards import Fit
+from ..data.cards import Fit, get_card, is_card_file
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
 from ..data.windows import EpisodeWindows
@@ -71,7 +71,7 @@ class ClipSource:
     """How a data set becomes clips of one length and size; the default takes equal episodes as they are."""
 
     card: str | None = None
-    """What the numbers mean, for formats that do not say: bridge, droid, libero, ..."""
+    """What the numbers mean, for formats that do not say: bridge, droid, libero, ..., or a TOML file"""
     camera: str | None = None
     """Which camera; the card's or the first by default."""
     clip_length: int | None = None
@@ -168,6 +168,8 @@ def fingerprint(root: str | Path, source: ClipSource = ClipSource()) -> str:
     """Digest of the source and of place, size and time of every file of a data set: changes when one is made anew."""
     root = Path(root).resolve()
     digest = hashlib.sha256(f"{root} {source}".encode())
+    if source.card is not None and is_card_file(source.card):
+        digest.update(str(get_card(source.card)).encode())
     places = (
         [root]
         if root.is_file()

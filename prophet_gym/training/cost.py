@@ -111,6 +111,8 @@ def expected_step_flops(shape: StepShape, full_length: float) -> float:
     """
     chunk, stride = int(shape.denoiser["chunk_length"]), VideoCodec.temporal_stride
     frames = [1 + -(-length // stride) for length in range(1, chunk + 1)]
+    if full_length == 1.0:
+        return step_flops(shape, frames[-1])[1]
     # Attention makes it a polynomial of degree two in the number of latent frames: three points give it.
     points = sorted({frames[0], (frames[0] + frames[-1]) // 2, frames[-1]})
     costs = [step_flops(shape, point)[1] for point in points]

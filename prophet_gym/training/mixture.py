@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data.cards import Fit, get_card
+from ..data.cards import Fit, get_card, is_card_file
 from ..data.episode import Episode
 from ..data.windows import EpisodeWindows
 from ..errors import nearest
@@ -31,7 +31,7 @@ class MixtureDataset:
     Attributes:
         path: The data, of any format; relative to the file.
         name: Short name for logs and cache folders; default that of the path.
-        card: What the numbers mean, for formats that do not say.
+        card: What the numbers mean, for formats that do not say: a name, or a TOML file.
         camera: Which camera; the card's or the first by default.
         clip_length: Commands of a clip, at least a chunk; longer episodes give several, shorter ones are left out.
         image_size: (height, width), multiples of 16; default the card's, or as recorded.
@@ -160,6 +160,8 @@ def _dataset(table: Mapping[str, Any], folder: Path) -> MixtureDataset:
         raise ValueError(f"dataset {table['path']!r}: fit={table['fit']!r}; expected 'stretch' or 'pad_or_crop'")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     path = folder / str(plain.pop("path"))
+    if is_card_file(plain.get("card", "")):
+        plain["card"] = str(folder / plain["card"])
     return MixtureDataset(path=path, **{"name": path.name, **plain})
 
 

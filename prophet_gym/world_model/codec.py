@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .video_vae import FoldedVideoVAE
 
@@ -19,6 +19,15 @@ def to_frames(video: Tensor) -> Tensor:
     """Video (B, 3, T, H, W) in [-1, 1] to frames (B, T, H, W, 3) uint8, rounded and clamped."""
     grey = ((video.float() + 1.0) * 127.5).round().clamp(0.0, 255.0)
     return grey.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def placement(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and number format of a network's first parameter.
+
+    The properties of diffusers search all modules for hooks of offloading, each time: milliseconds of every chunk.
+    """
+    first = next(network.parameters())
+    return first.device, first.dtype
 
 
 class VideoCodec:
@@ -46,7 +55,8 @@ class VideoCodec:
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames (B, 1 + 4n, H, W, 3) uint8 to latents (B, z, 1 + n, H / 8, W / 8); deterministic (the mean)."""
-        video = to_video(frames.to(self.vae.device), self.vae.dtype)
+        device, dtype = placement(self.vae)
+        video = to_video(frames.to(device), dtype)
         if self.folded:
             return self.vae.encode(video)
         raw = self.vae.encode(video).latent_dist.mode()
@@ -61,7 +71,7 @@ class VideoCodec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, z, 1 + n, h, w) to the 4n frames after the first, (B, 4n, H, W, 3) uint8."""
-        latents = latents.to(self.vae.dtype)
+        latents = latents.to(placement(self.vae)[1])
         if self.folded:
             return to_frames(self.vae.decode(latents))
         mean, std = self._wan_statistics(latents)

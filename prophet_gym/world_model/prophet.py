@@ -21,7 +21,7 @@ from ..action_frames import Camera, render_action_frames
 from ..actions import PAD_GRIPPER, integrate_poses, pad_chunk, pad_effectors
 from ..devices import require_device
 from ..snapshot import Snapshot
-from .codec import VideoCodec, to_video
+from .codec import VideoCodec, placement, to_video
 from .config import ProphetConfig
 from .sampler import flow_schedule, integrate, karras_schedule, slot_noise
 from .state import RolloutState
@@ -82,7 +82,7 @@ class ProphetWorldModel:
     @property
     def device(self) -> torch.device:
         """Device of the denoiser."""
-        return self.transformer.device
+        return placement(self.transformer)[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ProphetWorldModel:
         """Move both networks; returns self."""
@@ -265,15 +265,15 @@ class ProphetWorldModel:
         return np.where(gripper == PAD_GRIPPER, PAD_GRIPPER, commands[..., 6].astype(np.float64))
 
     def _sample(self, state: RolloutState, commands: np.ndarray, poses: np.ndarray, num_steps: int) -> Tensor:
-        dtype = self.transformer.dtype
-        start = self.codec.encode(state.frames[:, None]).to(self.device, dtype)
+        device, dtype = placement(self.transformer)
+        start = self.codec.encode(state.frames[:, None]).to(device, dtype)
         padded, action_frames = self.chunk_inputs(start, commands, poses, state)
         text = self._embedded_text(state.instructions)
         text = None if text is None else text.to(start)
         condition = self.transformer.condition(padded, action_frames, state.history.to(dtype), text)
         batch, z, _, h, w = start.shape
         groups = -(-commands.shape[1] // VideoCodec.temporal_stride)
-        noise = slot_noise(state.seeds, state.env_step, (z, groups, h, w)).to(self.device)
+        noise = slot_noise(state.seeds, state.env_step, (z, groups, h, w)).to(device)
         mask = start.new_zeros(batch, 1, 1 + groups, h, w)
         mask[:, :, 0] = 1.0
 
