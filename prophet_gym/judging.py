@@ -34,9 +34,13 @@ def ask_judge(
     except Exception as error:  # whatever a judge does, it must not end a rollout or label it a failure
         if len(rollouts) > 1:
             pairs = zip(rollouts, instructions, strict=True)
-            return [ask_judge(judge, [frames], [instruction], told)[0] for frames, instruction in pairs]
-        reason = f"{type(error).__name__}: {error}"
-        if reason not in told:
+            verdicts = [ask_judge(judge, [frames], [instruction], told)[0] for frames, instruction in pairs]
+            if all(verdict.valid for verdict in verdicts) and "judge_batch" not in told:
+                logger.warning("judge_batch fails on %d rollouts, not on each alone: %s", len(rollouts), error)
+                told.add("judge_batch")
+            return verdicts
+        reason, kind = f"{type(error).__name__}: {error}", type(error).__name__
+        if kind not in told:
             logger.warning("The judge failed on %r and abstains: %s. It is said once.", instructions[0], reason)
-            told.add(reason)
+            told.add(kind)
         return [Verdict.abstain(reason)]

@@ -77,7 +77,6 @@ def make_simulator(
         ValueError: an unknown id, or options that it refuses.
     """
     from .compat.flat import FlatEnv
-    from .snapshot import SnapshotSet
 
     require_interface(interface, action_buffer)
     if interface in SINGLE_COMMAND:
@@ -87,8 +86,7 @@ def make_simulator(
     foreign = [] if spec.has_tasks else sorted({"task", "image_size"} & set(options))
     if foreign:
         raise ValueError(f"{env_id} has no {' and '.join(foreign)}, as simulators with several tasks do; leave it out.")
-    if isinstance(options.get("snapshots"), str | Path):
-        options["snapshots"] = SnapshotSet.load(options["snapshots"])
+    options = _with_snapshots(options)
     module, name = spec.make.split(":")
     env = getattr(import_module(f".sims.{module}", __package__), name)(**{**spec.options, **options})
     return FlatEnv(env) if interface == "flat" else env
@@ -115,10 +113,19 @@ def make_vector_simulator(
     require_interface(interface, action_buffer, batch=True)
     require_between("num_envs", num_envs, 1, None)
     mode = parse_autoreset_mode(default_autoreset(interface, autoreset_mode))
+    options = _with_snapshots(options)  # once for all slots
     env = make_sync_vector_env(lambda: make_simulator(env_id, **options), num_envs, mode)
     if interface == "lerobot":
         return LeRobotVectorEnv(env, action_buffer=action_buffer or "immediate")
     return FlatVectorEnv(env) if interface == "flat" else env
+
+
+def _with_snapshots(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options with the set of snapshots in place of its folder."""
+    from .snapshot import SnapshotSet
+
+    folder = options.get("snapshots")
+    return {**options, "snapshots": SnapshotSet.load(folder)} if isinstance(folder, str | Path) else options
 
 
 def _find(env_id: str) -> SimulatorSpec:

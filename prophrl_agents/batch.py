@@ -139,13 +139,15 @@ class RolloutBatch:
 
     @staticmethod
     def cat(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-        """Joins batches of the same layout (equal S, K, CH, D and group size); seconds are added.
+        """Joins batches of the same layout (K, CH, D, group size), padded to the most calls; seconds are added.
 
         Raises:
             ValueError: no batches, or layouts that differ.
         """
         if not batches:
             raise ValueError("no batches to join; expected at least one")
+        longest = max(batch.mask.shape[1] for batch in batches)
+        batches = [batch.padded(longest) for batch in batches]
         first = batches[0]
         for other in batches[1:]:
             same = other.path.shape[1:] == first.path.shape[1:] and other.group_size == first.group_size

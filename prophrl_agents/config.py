@@ -157,13 +157,14 @@ class TrainConfig:
     eval_every: int = 10
     """Updates between two evaluations, the first before any update; 0 for none."""
     eval_starts: int = 200
-    """Rollouts of an evaluation and environment; the same starts and noise each time, none that training draws."""
+    """Rollouts of an evaluation and environment; the same starts and noise each time, of seeds that training never
+    draws. Without ``eval_env`` they begin in the snapshots that training begins in."""
     stop_at_success: float | None = None
     """Stop when the success rate of the training rollouts since the last evaluation reaches this."""
     patience: int = 0
     """Stop after so many evaluations without a new best; 0 for never."""
     governor_env: str | None = None
-    """Simulator in which the governor replays rewarded rollouts, to see what is true; it never gives a reward."""
+    """Simulator in which the governor replays rollouts that were judged, to see what is true; it gives no reward."""
     governor: GovernorRules = field(default_factory=GovernorRules)
     """When the governor looks, and what it does about what it sees."""
     save_every: int = 1
@@ -238,6 +239,8 @@ class TrainConfig:
             raise ValueError(f"beta is {self.beta}, expected 0 or more, and 0 for 'filtered_bc', which has no KL term")
         if self.dynamic_sampling and self.algorithm not in ("fa_grpo", "flow_grpo"):
             raise ValueError(f"dynamic_sampling is about groups, which {self.algorithm!r} does not compare; drop it")
+        if self.noise_level is not None and not self.noise_level > 0 and self.algorithm != "filtered_bc":
+            raise ValueError(f"noise_level is {self.noise_level}, expected above 0: without noise nothing is explored")
         ppo = self.ppo
         if not (0 <= ppo.gamma <= 1 and 0 <= ppo.gae_lambda <= 1 and ppo.critic_learning_rate > 0):
             raise ValueError(f"{ppo}: expected gamma and gae_lambda from 0 to 1 and a positive critic_learning_rate")

@@ -68,6 +68,7 @@ def run_demo(config: DemoConfig) -> str:
         ValueError: no policy under that name.
     """
     began, train = time.perf_counter(), config.out / "train"
+    _training(config, train)  # settings that do not fit are refused before anything is made
     policies = {"before": SmallFlowPolicy.from_pretrained(config.policy)}
     if (config.out / "report.html").exists():
         (config.out / "report.html").unlink()
@@ -76,7 +77,8 @@ def run_demo(config: DemoConfig) -> str:
     world_summary = run_world_demo(world_demo)
     print(world_summary, flush=True)
     print(
-        f"\nreinforcing {config.policy} inside Prophet: {config.updates} updates of 256 imagined rollouts", flush=True
+        f"\nreinforcing {config.policy} inside Prophet: {config.updates} updates of {config.rollouts} rollouts",
+        flush=True,
     )
     GRPOTrainer(_training(config, train)).train()
     policies["after"] = SmallFlowPolicy.from_pretrained(train / "policy")
@@ -127,7 +129,7 @@ def _evaluate(policies: dict[str, SmallFlowPolicy], config: DemoConfig) -> dict[
     starts, evaluations = evaluate_starts(config.starts, config.seed), {}
     for name, policy in policies.items():
         print(f"measuring the policy in {SIMULATOR} on {config.starts} scenes: {name}", flush=True)
-        evaluation = evaluate_policy(policy, env, starts, keep_frames=True)
+        evaluation = evaluate_policy(policy, env, starts, keep_frames=_SHOWN)
         write_grid(
             evaluation.frames[:_SHOWN],
             config.out / f"{name}.mp4",

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from prophet_gym.atomic import atomic_text
 from prophet_gym.errors import MissingExtraError
 from prophrl_agents.evaluate import Comparison, Evaluation
 
@@ -67,9 +68,7 @@ def write_report(result: DemoResult) -> str:
         timings=_html_table(("part", "seconds"), _timings(result)),
     )
     path = config.out / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page)
-    partial.replace(path)
+    atomic_text(path, page)
     cells = [f"  {name:<34}{rate:>9}  {interval:<16}{change:>7}  {paired}" for name, rate, interval, change, paired in
              _rows(result)]  # fmt: skip
     return "\n".join(["", lead, "", *cells, "", f"{result.seconds:.0f} s in all", f"report: {path}"])
@@ -86,7 +85,7 @@ def draw_curves(metrics: list[dict[str, Any]]) -> str:
     except ImportError as error:
         raise MissingExtraError('curves need matplotlib: pip install "prophet-gym[viz]"') from error
     lines = [line for line in metrics if "success_rate" in line]
-    checks = [line["governor"] for line in metrics if "governor" in line]
+    checks = [line["governor"] for line in metrics if "governor" in line and line["governor"]["count"]]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(

@@ -1,8 +1,8 @@
 """How often a policy succeeds, from which starts, and whether another policy is better on the same ones.
 
 An evaluation is a pure function of the weights, the starts and the noise seeds, so two policies meet the same initial
-states and the same policy noise, and their comparison is paired. Starts are the unit of every interval: rollouts that
-repeat a start with other noise say less than rollouts from new starts.
+states and the same policy noise, and their comparison is paired. Scenes are the unit of every interval: rollouts that
+repeat a start with other noise, or a snapshot under another seed, say less than rollouts from new scenes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,20 @@ from prophrl_agents.batch import Start
 from prophrl_agents.policies.base import FlowPolicy, SampleMode
 from prophrl_agents.rollout import collect_groups
 
-__all__ = ["Comparison", "Evaluation", "agreement", "compare", "evaluate_policy", "evaluate_starts"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "agreement",
+    "clustered_interval",
+    "compare",
+    "evaluate_policy",
+    "evaluate_starts",
+]
 
 FIRST_SEED, SEEDS_PER_SET = 1_000_000_000, 100_000
 """Evaluation seeds begin here, above those of recorded episodes and of training; each set has its own range."""
+SELECTION_SET = 999
+"""The set that runs choose by: what is chosen is reported on others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +49,9 @@ class Evaluation:
         rewards: (n,) float64 sum of rewards.
         seeds: (n,) int64 reset seeds.
         noise_seeds: (n,) int64 seeds of the policy's noise.
-        start_ids: n strings, equal for equal starts.
+        start_ids: n strings, equal for equal starts; see :attr:`scenes`.
         instructions: n strings.
-        frames: videos (T + 1, H, W, 3) uint8 of the first noise seed, one per start; empty if not kept.
+        frames: videos (T + 1, H, W, 3) uint8 of the first rollouts, as many as were kept.
         seconds: where the time went.
     """
 
@@ -59,6 +69,11 @@ class Evaluation:
     def __len__(self) -> int:
         """Number of rollouts n."""
         return len(self.success)
+
+    @property
+    def scenes(self) -> np.ndarray:
+        """(n,) int64, equal where rollouts began in the same scene: one snapshot, or without snapshots one seed."""
+        return _units(self.start_ids)
 
     @property
     def success_rate(self) -> float:
@@ -107,19 +122,30 @@ class Evaluation:
 
     def _interval(self, chosen: np.ndarray) -> tuple[float, float]:
         rows = np.flatnonzero(chosen & self.valid)
-        hits, count = int(self.success[rows].sum()), len(rows)
-        _, unit = np.unique([self.start_ids[row] for row in rows], return_inverse=True)
-        units = 1 + int(unit.max(initial=-1))
-        if units == count:
-            return wilson_interval(hits, count)
-        # Rollouts of one start are alike: the interval is that of as many independent rollouts as are worth these,
-        # p (1 - p) / (variance of p over starts), between one per start and all of them (Kish's design effect).
-        rate = hits / count
-        residuals = np.bincount(unit, self.success[rows] - rate)
-        variance = float((residuals**2).sum()) * units / max(units - 1, 1) / count**2
-        worth = rate * (1 - rate) / variance if variance > 0 else units
-        effective = round(min(max(worth, units), count))
-        return wilson_interval(round(rate * effective), effective)
+        return clustered_interval(self.success[rows], self.scenes[rows])
+
+
+def clustered_interval(success: np.ndarray, scenes: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a rate over rollouts of which those from one scene are alike.
+
+    Wilson's, of as many independent rollouts as these are worth: p (1 - p) / (variance of p over scenes), between one
+    per scene and all of them (Kish's design effect).
+
+    Args:
+        success: (n,) bool.
+        scenes: (n,) numbers, equal for rollouts from one scene.
+    """
+    hits, count = int(success.sum()), len(success)
+    _, unit = np.unique(scenes, return_inverse=True)
+    units = 1 + int(unit.max(initial=-1))
+    if units == count:
+        return wilson_interval(hits, count)
+    rate = hits / count
+    residuals = np.bincount(unit, success - rate)
+    variance = float((residuals**2).sum()) * units / max(units - 1, 1) / count**2
+    worth = rate * (1 - rate) / variance if variance > 0 else units
+    effective = round(min(max(worth, units), count))
+    return wilson_interval(round(rate * effective), effective)
 
 
 @dataclass(frozen=True)
@@ -132,10 +158,10 @@ class Comparison:
         difference: after minus before, in percentage points.
         low: lower end of its paired 95 % interval.
         high: upper end.
-        gained: starts from which the second policy succeeds more often.
-        lost: starts from which it succeeds less often.
-        p_value: exact McNemar test that a start is as likely to be gained as lost, two-sided.
-        starts: starts that entered.
+        gained: scenes from which the second policy succeeds more often.
+        lost: scenes from which it succeeds less often.
+        p_value: exact McNemar test that a scene is as likely to be gained as lost, two-sided.
+        starts: scenes that entered; those of several starts or noise seeds count once.
         dropped: rollouts left out because a judge abstained on one of the two.
     """
 
@@ -158,6 +184,9 @@ class Comparison:
 def evaluate_starts(n: int, seed: int) -> list[Start]:
     """Returns n starts whose seeds no training range reaches; sets of different ``seed`` share none.
 
+    Where an environment has few scenes (a packaged set of snapshots, the 50 initial states of a LIBERO task), other
+    seeds lead to scenes that training has seen.
+
     Raises:
         ValueError: n outside 1 to 100,000, or a negative seed.
     """
@@ -175,7 +204,7 @@ def evaluate_policy(
     noise_seed: int = 0,
     num_noise_seeds: int = 1,
     mode: SampleMode = "ode",
-    keep_frames: bool = False,
+    keep_frames: int = 0,
     progress: bool = False,
 ) -> Evaluation:
     """Plays every start once per noise seed and keeps what the judge or the simulator said.
@@ -187,7 +216,8 @@ def evaluate_policy(
         noise_seed: of the policy's noise.
         num_noise_seeds: repetitions with noise seeds ``noise_seed``, ``noise_seed + 1``, ...
         mode: "ode", as deployed, or "sde", as in learning.
-        keep_frames: keep the videos of the first noise seed.
+        keep_frames: starts, from the first on, of which videos are kept, with the first noise seed; rounded up to the
+            environment's slots, since the others run without rendering what no one sees.
         progress: show a bar with the remaining time.
 
     Raises:
@@ -205,18 +235,11 @@ def evaluate_policy(
     if noise_seed < 0:
         raise ValueError(f"noise_seed is {noise_seed}, expected at least 0")
     noise_seeds = range(noise_seed, noise_seed + num_noise_seeds)
+    filmed = min(-(-keep_frames // env.num_envs) * env.num_envs, len(starts))
     batches = [
-        collect_groups(
-            env,
-            policy,
-            starts,
-            1,
-            noise_seed=noise,
-            mode=mode,
-            keep_frames=keep_frames and noise == noise_seed,
-            progress=progress,
-        )
+        collect_groups(env, policy, part, 1, noise_seed=noise, mode=mode, keep_frames=film, progress=progress)
         for noise in noise_seeds
+        for part, film in _filmed_first(starts, filmed if noise == noise_seed else 0)
     ]
     columns = {
         name: np.concatenate([getattr(batch, name).numpy() for batch in batches])
@@ -240,14 +263,14 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
     """Compares two policies on the same starts and noise seeds, in one environment.
 
     The interval is Wald's on the paired differences after half a count is added to each of the four outcomes (Agresti
-    and Min, 2005): close to 95 % coverage at small n too, and not of width 0 when no start changed. With several noise
-    seeds the outcomes of a start are averaged first, so that starts are the unit.
+    and Min, 2005): close to 95 % coverage at small n too, and not of width 0 when no scene changed. Outcomes of one
+    scene, under several seeds of start or noise, are averaged first, so that scenes are the unit.
 
     Raises:
         ValueError: other starts or noise seeds, or no start that was judged for both.
     """
     both = _judged_twice(before, after)
-    _, unit = np.unique([before.start_ids[row] for row in both], return_inverse=True)
+    _, unit = np.unique(before.scenes[both], return_inverse=True)
     old, new = (np.bincount(unit, one.success[both]) / np.bincount(unit) for one in (before, after))
     changes, n = new - old, len(old)
     centre = float(changes.sum()) / (n + 2)
@@ -278,8 +301,8 @@ def agreement(world: Evaluation, simulator: Evaluation, *, bootstrap: int = 1000
         bootstrap: resamplings behind the AUC interval.
 
     Returns:
-        :func:`prophet_gym.judges.calibration.calibration_report`, and "agree": the share of equal outcomes as
-        ``{"value", "low", "high"}``.
+        :func:`prophet_gym.judges.calibration.calibration_report`, whose intervals take rollouts as independent, and
+        "agree": the share of equal outcomes as ``{"value", "low", "high"}``, with scenes as the unit.
 
     Raises:
         ValueError: other starts or noise seeds, or none that was judged in both.
@@ -292,9 +315,19 @@ def agreement(world: Evaluation, simulator: Evaluation, *, bootstrap: int = 1000
         for row in rows
     ]
     report = calibration_report(verdicts, simulator.success[rows], bootstrap=bootstrap)
-    hits = int((world.success[both] == simulator.success[both]).sum())
-    low, high = wilson_interval(hits, len(both))
-    return {"agree": {"value": hits / len(both), "low": low, "high": high}, **report}
+    equal = world.success[both] == simulator.success[both]
+    low, high = clustered_interval(equal, world.scenes[both])
+    return {"agree": {"value": float(equal.mean()), "low": low, "high": high}, **report}
+
+
+def _filmed_first(starts: Sequence[Start], count: int) -> list[tuple[Sequence[Start], bool]]:
+    parts = [(starts[:count], True), (starts[count:], False)]
+    return [(part, film) for part, film in parts if len(part)]
+
+
+def _units(start_ids: Sequence[str]) -> np.ndarray:
+    """Returns a number for each start, equal for equal scenes: what :func:`_start_id` has after the seed."""
+    return np.unique([name.rpartition("-")[2] for name in start_ids], return_inverse=True)[1].reshape(-1)
 
 
 def _judged_twice(first: Evaluation, second: Evaluation) -> np.ndarray:

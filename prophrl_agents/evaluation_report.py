@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from gymnasium.vector import VectorEnv
 
+from prophet_gym.atomic import atomic_text
 from prophet_gym.data.video import write_video
 from prophet_gym.registration import find_environment
 from prophet_gym.simulators import SIMULATORS
@@ -103,18 +104,23 @@ def run_eval(config: EvalConfig) -> str:
     chunk_length = max(policy.chunk_length for policy in policies.values())
     config.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Evaluation]] = {name: {} for name in policies}
+    horizon = config.horizon
     for place, env_id in (("world", config.env), ("simulator", config.simulator)):
         if env_id is None:
             continue
         world = WorldConfig(
             num_envs=min(config.num_envs, config.n),
-            horizon=config.horizon,
+            horizon=horizon,
             task=config.task,
             checkpoint=config.checkpoint,
             judge=config.judge,
         )
         size = policies["policy"].config.image_size
         env = make_environment(env_id, world, chunk_length=chunk_length, image_size=size, device=config.device)
+        if place == "world":
+            horizon = horizon or getattr(env.unwrapped, "horizon", None)  # a simulator's own is its longest task's
+            if config.simulator is None:
+                starts = _own_starts(env, starts)
         for name, policy in policies.items():
             results[name][place] = _evaluate(policy, env, starts, config, config.out / f"{name}_{place}.mp4")
         env.close()
@@ -162,11 +168,18 @@ def simulator_starts(simulator: str, starts: Sequence[Start], **options: Any) ->
     return taken
 
 
+def _own_starts(world: Any, starts: Sequence[Start]) -> list[Start]:
+    """Returns the starts with the snapshots of the world that their seeds choose, so that repeated ones are known."""
+    found = getattr(world.unwrapped, "snapshots", None)
+    if not found:
+        return list(starts)
+    chosen = [int(np.random.default_rng(start.seed).integers(len(found))) for start in starts]
+    return [Start(start.seed, found[i]) for start, i in zip(starts, chosen, strict=True)]
+
+
 def write_json(value: Any, path: Path) -> None:
     """Writes strict JSON in one step: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(to_json(value))
-    partial.replace(path)
+    atomic_text(path, to_json(value))
 
 
 def write_grid(
@@ -229,7 +242,7 @@ def _evaluate(
         noise_seed=config.noise_seed,
         num_noise_seeds=config.num_noise_seeds,
         mode=config.mode,
-        keep_frames=True,
+        keep_frames=_GRID,
         progress=True,
     )
     shown = slice(min(len(starts), _GRID))

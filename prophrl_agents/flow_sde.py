@@ -27,7 +27,6 @@ __all__ = [
     "draw_noise",
     "kl_divergence",
     "log_prob",
-    "ode_step",
     "path_mean",
     "sample_path",
     "schedule",
@@ -98,11 +97,6 @@ def schedule(
     g = sigma**2 / (2 * now)
     numbers = t, dt, sigma * dt.sqrt(), 1 - g * dt, -(1 + g * (1 - now)) * dt
     return FlowSchedule(*(number.to(device=device, dtype=dtype) for number in numbers))
-
-
-def ode_step(x: Tensor, velocity: Tensor, dt: Tensor | float) -> Tensor:
-    """Returns ``x - dt v``; x and velocity (..., CH, D)."""
-    return x - dt * velocity
 
 
 def step_mean(x: Tensor, velocity: Tensor, c_x: Tensor | float, c_v: Tensor | float) -> Tensor:

@@ -15,9 +15,11 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from prophet_gym.judges.base import as_judge
-from prophet_gym.judges.calibration import wilson_interval
 from prophet_gym.sims.vector import without_frames
+from prophet_gym.snapshot import Snapshot
 from prophrl_agents.batch import RolloutBatch
+from prophrl_agents.evaluate import clustered_interval
+from prophrl_agents.rollout import info_entry, last_info, must_reset_ended
 
 __all__ = ["Governor", "GovernorReport", "GovernorRules", "JudgeReference", "Reference", "SimulatorReference"]
 
@@ -35,7 +37,7 @@ class GovernorRules:
     every: int = 5
     """Updates between two checks."""
     rollouts: int = 128
-    """Rollouts of an update that are checked, evenly spread over its groups; 128 tell a rate to 4 points."""
+    """Rollouts of an update that are checked, evenly spread over its groups; 128 tell a rate to about 9 points."""
     min_precision: float = 0.5
     """Warn when fewer of the judged successes than this are true."""
     max_gap: float = 0.3
@@ -61,7 +63,7 @@ class GovernorRules:
 
 @dataclass(frozen=True)
 class GovernorReport:
-    """One check. Rates are None where nothing was judged that they could be of; intervals are Wilson's, 95 %.
+    """One check. Rates are None where nothing was judged that they could be of; intervals are 95 %, groups the unit.
 
     Attributes:
         update: updates done.
@@ -72,9 +74,10 @@ class GovernorReport:
         precision: share of judged successes that are true, with its interval.
         recall: share of true successes that the judge saw, with its interval.
         false_positive_rate: share of true failures that the judge called successes, with its interval.
-        best: whether true success is the highest so far.
+        best: whether true success is the highest so far, of checks that compared at least half of ``asked``.
         action: what the rules ask for.
         reason: why, empty for "continue".
+        asked: rollouts that were to be compared.
     """
 
     update: int
@@ -88,6 +91,12 @@ class GovernorReport:
     best: bool
     action: Action
     reason: str
+    asked: int = 0
+
+    @property
+    def telling(self) -> bool:
+        """Whether enough was compared to act upon."""
+        return self.count > 0 and 2 * self.count >= self.asked
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,7 +127,7 @@ class SimulatorReference:
         """See :class:`Reference`.
 
         An episode that the simulator ends early keeps its outcome; one that goes on after the world model's ended is
-        judged by the simulator where the commands end.
+        judged by the simulator where the commands end, None if it judges at its horizon alone and that is later.
 
         Raises:
             ValueError: a rollout did not start from a snapshot, so that the simulator cannot start there.
@@ -128,6 +137,19 @@ class SimulatorReference:
             for first in range(0, len(rollouts), self.env.num_envs):
                 results += self._replay(batch, list(rollouts[first : first + self.env.num_envs]))
         return results
+
+    def require(self, snapshots: Sequence[Snapshot]) -> None:
+        """Requires that rollouts from these snapshots can be played again.
+
+        Raises:
+            ValueError: one carries no simulator state.
+        """
+        bare = [snapshot.name for snapshot in snapshots if snapshot.simulator_state is None]
+        if bare:
+            raise ValueError(
+                f"the governor plays rollouts again in a simulator, but {len(bare)} of {len(snapshots)} snapshots have "
+                f"no simulator_state, {bare[0]!r} for one; give snapshots taken in that simulator, or no governor_env"
+            )
 
     def _replay(self, batch: RolloutBatch, rollouts: list[int]) -> list[bool | None]:
         starts = [batch.starts[b // batch.group_size] for b in rollouts]
@@ -144,20 +166,26 @@ class SimulatorReference:
         given = any(snapshot is not None for snapshot in snapshots)
         self.env.reset(seed=seeds, options={"snapshots": [start.snapshot for start in starts]} if given else None)
         index = rollouts + rollouts[-1:] * spare
-        outcome, over = [False] * len(rollouts), [False] * len(rollouts)
+        outcome: list[bool | None] = [None] * len(rollouts)
+        over = [False] * len(rollouts)
         called = batch.called[index].numpy()
         for s in range(int(called.sum(axis=1).max())):
-            _, _, terminated, truncated, info = self.env.step(batch.actions[index, s].numpy())
-            final, ended_now = info.get("final_info", {}), info.get("_final_info", np.zeros(len(index), bool))
+            _, reward, terminated, truncated, info = self.env.step(batch.actions[index, s].numpy())
+            ended = np.asarray(terminated) | np.asarray(truncated)
             for i in range(len(rollouts)):
                 if over[i] or not called[i, s]:
                     continue
-                source = final if ended_now[i] else info
-                outcome[i] = bool(source["is_success"][i])
-                over[i] = bool(terminated[i] or truncated[i])
+                last = last_info(info, i)
+                success, asked = info_entry(last, "is_success", i), info_entry(last, "verdict", i) is not None
+                if "verdict" not in last or asked:
+                    outcome[i] = bool(terminated[i] and reward[i] > 0 if success is None else success)
+                over[i] = bool(ended[i])
             if all(over):
                 break
-        return list(outcome)
+            if must_reset_ended(self.env) and ended.any():
+                options = {"reset_mask": ended} | ({"snapshots": [start.snapshot for start in starts]} if given else {})
+                self.env.reset(seed=seeds, options=options)
+        return outcome
 
 
 class JudgeReference:
@@ -218,46 +246,54 @@ class Governor:
         take = min(self.rules.rollouts, len(valid))
         chosen = [valid[i] for i in np.linspace(0, len(valid) - 1, take).round().astype(int)] if take else []
         truth = self.reference.outcomes(batch, chosen) if chosen else []
-        known = [(bool(batch.success[b]), said) for b, said in zip(chosen, truth, strict=True) if said is not None]
-        judged = np.array([pair[0] for pair in known], bool)
-        true = np.array([pair[1] for pair in known], bool)
-        report = self._report(update, judged, true)
+        known = np.array([b for b, said in zip(chosen, truth, strict=True) if said is not None], int)
+        judged = batch.success.numpy()[known]
+        true = np.array([said for said in truth if said is not None], bool)
+        report = self._report(update, judged, true, known // batch.group_size, min(self.rules.rollouts, len(batch)))
         self.reports.append(report)
         return report
 
-    def _report(self, update: int, judged: np.ndarray, true: np.ndarray) -> GovernorReport:
+    def _report(
+        self, update: int, judged: np.ndarray, true: np.ndarray, groups: np.ndarray, asked: int
+    ) -> GovernorReport:
         count = len(true)
         proxy, truth = (float(x.mean()) if count else 0.0 for x in (judged, true))
-        before = [(report.true_success, report.count) for report in self.reports if report.count]
+        best = max((report.true_success for report in self.reports if report.telling), default=0.0)
         report = GovernorReport(
             update=update,
             count=count,
             judged_success=proxy,
             true_success=truth,
             gap=proxy - truth,
-            precision=_rate(judged & true, judged),
-            recall=_rate(judged & true, true),
-            false_positive_rate=_rate(judged & ~true, ~true),
-            best=bool(count) and truth >= max((rate for rate, _ in before), default=0.0),
+            precision=_rate(true, groups, judged),
+            recall=_rate(judged, groups, true),
+            false_positive_rate=_rate(judged, groups, ~true),
+            best=False,
             action="continue",
             reason="",
+            asked=asked,
         )
-        action, reason = self._decide(report, before)
+        report = replace(report, best=report.telling and truth >= best)
+        action, reason = self._decide(report)
         return replace(report, action=action, reason=reason)
 
-    def _decide(self, report: GovernorReport, before: list[tuple[float, int]]) -> tuple[Action, str]:
+    def _decide(self, report: GovernorReport) -> tuple[Action, str]:
         rules = self.rules
-        if not report.count:
-            return "warn", "no rollout could be compared: judge or reference abstained on all of them"
-        checks = [*before, (report.true_success, report.count)]
-        best = max(range(len(checks)), key=lambda i: (checks[i][0], i))
-        recent = checks[best + 1 :][-rules.patience :]
+        if not report.telling:
+            return "warn", (
+                f"only {report.count} of {report.asked} rollouts could be compared: judge or reference abstained on "
+                "the others"
+            )
+        checks = [one for one in [*self.reports, report] if one.telling]
+        best = max(range(len(checks)), key=lambda i: (checks[i].true_success, i))
+        thrown = max((i for i, one in enumerate(checks) if one.action == "rollback"), default=-1)
+        recent = checks[max(best, thrown) + 1 :][-rules.patience :]  # of weights that descend from the best ones
         if len(recent) == rules.patience:
-            rate = sum(rate * count for rate, count in recent) / sum(count for _, count in recent)
-            if rate < checks[best][0] - rules.max_drop:
+            rate = sum(one.true_success * one.count for one in recent) / sum(one.count for one in recent)
+            if rate < checks[best].true_success - rules.max_drop:
                 return rules.reaction, (
                     f"true success {rate:.2f} of the last {rules.patience} checks is more than {rules.max_drop:.2f} "
-                    f"below its best {checks[best][0]:.2f}, while the judge says {report.judged_success:.2f}"
+                    f"below its best {checks[best].true_success:.2f}, while the judge says {report.judged_success:.2f}"
                 )
         if report.precision is not None and report.precision[0] < rules.min_precision:
             return "warn", f"only {report.precision[0]:.2f} of the judged successes are true"
@@ -278,10 +314,9 @@ class Governor:
             self.reports.append(GovernorReport(**values))
 
 
-def _rate(hits: np.ndarray, among: np.ndarray) -> tuple[float, float, float] | None:
-    """Returns (rate, low, high), or None where nothing is counted."""
-    count = int(among.sum())
-    if not count:
+def _rate(hits: np.ndarray, groups: np.ndarray, among: np.ndarray) -> tuple[float, float, float] | None:
+    """Returns (rate, low, high) of the hits among some, with groups as the unit; None where nothing is counted."""
+    if not among.any():
         return None
-    low, high = wilson_interval(int(hits.sum()), count)
-    return float(hits.sum()) / count, low, high
+    low, high = clustered_interval(hits[among], groups[among])
+    return float(hits[among].mean()), low, high

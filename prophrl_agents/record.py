@@ -87,6 +87,8 @@ def record_policy(
         raise ValueError(f"steps={steps}, noisy_share={noisy_share}; expected at least 1, and a share from 0 to 1")
     if world is None and checkpoint is not None:
         raise ValueError(f"checkpoint={checkpoint!r} is of a world model, and none is named; give world='Prophet-...'")
+    for kept in (_load, _open):
+        kept.cache_clear()  # of an earlier call; the folder may hold other weights by now
     found = _load(str(policy), noise_level)
     if env_id in SIMULATORS and SIMULATORS[env_id].has_tasks:
         options = {"image_size": found.config.image_size, **options}

@@ -30,7 +30,14 @@ from prophrl_agents.batch import RolloutBatch, Start
 from prophrl_agents.policies.base import FlowPolicy, FlowSample, SampleMode
 from prophrl_agents.policies.small import SmallFlowPolicy
 
-__all__ = ["check_compatible", "collect_groups", "member_generator"]
+__all__ = [
+    "check_compatible",
+    "collect_groups",
+    "info_entry",
+    "last_info",
+    "member_generator",
+    "must_reset_ended",
+]
 
 _ROUNDING = 2  # grey levels by which two renderings of one state may differ
 _STATE_TOLERANCE = 1e-4  # metres, radians, open ratio
@@ -190,9 +197,7 @@ class _Collection:
         self.initial: dict[int, tuple[np.ndarray, np.ndarray, str]] = {}
         space: Any = self.env.single_action_space
         self.idle = np.clip(np.zeros_like(space.low), space.low, space.high)[: self.policy.chunk_length]
-        holds = isinstance(self.env.unwrapped, ProphetVectorEnv | HoldingSyncVectorEnv)
-        mode = parse_autoreset_mode(self.env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self.must_reset_ended = mode is AutoresetMode.DISABLED and not holds
+        self.must_reset_ended = must_reset_ended(self.env)
 
     def run(self, rollouts: range, max_env_steps: int, bar: tqdm) -> None:
         """Plays the given rollouts, at most one per slot, to their ends."""
@@ -200,7 +205,9 @@ class _Collection:
         starts += starts[-1:] * (self.env.num_envs - len(starts))
         observation, info = self._reset(starts)
         for slot, b in enumerate(rollouts):
-            self._begin(b, observation["image"][slot], observation["state"][slot], _entry(info, "instruction", slot))
+            self._begin(
+                b, observation["image"][slot], observation["state"][slot], info_entry(info, "instruction", slot)
+            )
         generators = [self._generator(b) for b in rollouts]
         running, index = np.arange(len(rollouts)), np.asarray(rollouts)
         for s in range(max_env_steps):
@@ -212,7 +219,7 @@ class _Collection:
                 observation, reward, terminated, truncated, info = self.env.step(actions)
             mask = np.zeros((len(running), self.policy.chunk_length), bool)
             for row, (slot, b) in enumerate(zip(running.tolist(), members.tolist(), strict=True)):
-                last = _last_info(info, slot)
+                last = last_info(info, slot)
                 executed = self._executed(last, slot)
                 mask[row, :executed] = True
                 self.rewards[b] += reward[slot]
@@ -291,10 +298,13 @@ class _Collection:
         self.instructions[b] = "" if instruction is None else str(instruction)
         if self.keep_frames:
             self.frames[b].append(np.array(image[None]))
-        here = np.array(image).astype(int), np.array(state), self.instructions[b]
+        here = np.array(image), np.array(state), self.instructions[b]
         group = b // self.group_size
         first = self.initial.setdefault(group, here)
-        pixels, distance = np.abs(here[0] - first[0]).max(), np.abs(here[1] - first[1]).max()
+        if b % self.group_size == self.group_size - 1:
+            del self.initial[group]
+        pixels = np.abs(here[0].astype(int) - first[0].astype(int)).max()
+        distance = np.abs(here[1] - first[1]).max()
         if pixels > _ROUNDING or distance > _STATE_TOLERANCE or here[2] != first[2]:
             raise ValueError(
                 f"member {b % self.group_size} of group {group} (seed {self.starts[group].seed}) starts elsewhere than "
@@ -312,13 +322,13 @@ class _Collection:
             return FlowSample(sample.actions.cpu(), sample.path.cpu(), sample.log_prob.cpu(), sample.std.cpu())
 
     def _executed(self, info: dict[str, Any], slot: int) -> int:
-        given, length = _entry(info, "num_executed", slot), self.policy.chunk_length
+        given, length = info_entry(info, "num_executed", slot), self.policy.chunk_length
         if given is not None and not 1 <= given <= length:
             raise ValueError(f"info['num_executed'] is {given}, expected 1 to {length}, the commands of the chunk")
         return length if given is None else int(given)
 
     def _finish(self, b: int, info: dict[str, Any], slot: int, rewarded: bool) -> None:
-        success, valid, verdict = (_entry(info, key, slot) for key in ("is_success", "judge_valid", "verdict"))
+        success, valid, verdict = (info_entry(info, key, slot) for key in ("is_success", "judge_valid", "verdict"))
         self.valid[b] = True if valid is None else bool(valid)
         self.success[b] = self.valid[b] and bool(rewarded if success is None else success)
         self.scores[b] = getattr(verdict, "score", np.nan)
@@ -334,20 +344,27 @@ class _Collection:
         self.seconds[stage] += time.perf_counter() - began
 
 
-def _entry(info: dict[str, Any], key: str, slot: int) -> Any:
+def must_reset_ended(env: VectorEnv) -> bool:
+    """Whether ended slots have to be reset before the next step, as Gymnasium asks in mode "Disabled"; ours hold."""
+    holds = isinstance(env.unwrapped, ProphetVectorEnv | HoldingSyncVectorEnv)
+    mode = parse_autoreset_mode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+    return mode is AutoresetMode.DISABLED and not holds
+
+
+def info_entry(info: dict[str, Any], key: str, slot: int) -> Any:
     """Returns one slot's value of a vector info, None where it has none."""
     present = key in info and (f"_{key}" not in info or info[f"_{key}"][slot])
     return info[key][slot] if present else None
 
 
-def _last_info(info: dict[str, Any], slot: int) -> dict[str, Any]:
+def last_info(info: dict[str, Any], slot: int) -> dict[str, Any]:
     """Returns the info that a slot's step led to: that before its reset, if it was reset within the step."""
     return info["final_info"] if "final_info" in info and info["_final_info"][slot] else info
 
 
 def _frames(last: dict[str, Any], observation: Any, info: dict[str, Any], slot: int, executed: int) -> np.ndarray:
     """Returns a copy of the frames (T, H, W, 3) of the executed commands; without them the image after the chunk."""
-    frames = _entry(last, "frames", slot)
+    frames = info_entry(last, "frames", slot)
     if frames is not None:
         return np.array(frames[:executed])
     image = observation["image"][slot] if last is info else info["final_obs"][slot]["image"]

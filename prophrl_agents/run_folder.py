@@ -67,8 +67,6 @@ class RunFolder:
         last = self.checkpoints / "last.pt"
         state = load_checkpoint(last) if config.resume and last.exists() else None
         if self.processes.is_main_process and self.metrics.exists():
-            text = self.metrics.read_bytes()
-            self.metrics.write_bytes(text[: text.rfind(b"\n") + 1])  # a killed run may leave half a line
             forget_after(self.metrics, -1 if state is None else state["progress"]["update"])
         return state
 

@@ -37,7 +37,7 @@ from prophrl_agents.batch import Start
 from prophrl_agents.config import WorldConfig
 from prophrl_agents.demonstrations import Demonstrations, read_demonstrations
 from prophrl_agents.environments import make_environment
-from prophrl_agents.evaluate import evaluate_policy, evaluate_starts
+from prophrl_agents.evaluate import SELECTION_SET, evaluate_policy, evaluate_starts
 from prophrl_agents.policies.small import SmallFlowPolicy, SmallFlowPolicyConfig
 from prophrl_agents.rollout import check_compatible
 from prophrl_agents.sft_config import SFT_PAPER, SFT_SMOKE, SFT_TABLETOP, PolicySize, SFTConfig
@@ -46,7 +46,6 @@ __all__ = ["SFT_PAPER", "SFT_SMOKE", "SFT_TABLETOP", "PolicySize", "SFTConfig", 
 
 RECORD_FILE = "training.json"
 POLICY_FILES = ("config.json", "model.safetensors", RECORD_FILE)
-_START_SET = 999  # of evaluate_starts: policies are tried on other starts than those they are reported on
 _VALIDATION_FRAMES = 1024
 
 
@@ -92,7 +91,7 @@ def train_sft(config: SFTConfig) -> SmallFlowPolicy:
         return wrapped.imitation_loss({**seen, "image": images}, chunks, generator, mask=mask), {}
 
     env = _simulators(config, policy.config.image_size) if config.eval_episodes else None
-    starts = evaluate_starts(config.eval_episodes, _START_SET) if config.eval_episodes else []
+    starts = evaluate_starts(config.eval_episodes, SELECTION_SET) if config.eval_episodes else []
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}

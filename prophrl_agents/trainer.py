@@ -26,9 +26,9 @@ from tqdm import tqdm
 from prophet_gym.judges.calibration import wilson_interval
 from prophet_gym.snapshot import SnapshotSet
 from prophrl_agents.batch import RolloutBatch, Start
-from prophrl_agents.config import TrainConfig
+from prophrl_agents.config import TrainConfig, WorldConfig
 from prophrl_agents.environments import make_environment
-from prophrl_agents.evaluate import FIRST_SEED, evaluate_policy, evaluate_starts
+from prophrl_agents.evaluate import FIRST_SEED, SELECTION_SET, evaluate_policy, evaluate_starts
 from prophrl_agents.governor import Governor, GovernorReport, SimulatorReference
 from prophrl_agents.gradients import processes, sum_over_processes
 from prophrl_agents.learner import Learner, TrainablePolicy
@@ -42,8 +42,6 @@ __all__ = ["Collector", "GRPOTrainer", "TrainResult", "run_train"]
 
 Collector = Callable[..., RolloutBatch]
 """Collects as ``collect(starts, group_size, noise_seed=..., keep_frames=...)``, with the policy that learns."""
-
-_START_SET = 999  # of evaluate_starts: the best policy is chosen on other starts than it is reported on
 
 
 @dataclass
@@ -111,13 +109,12 @@ class GRPOTrainer:
         collectors: Sequence[Collector] | None = None,
     ) -> None:
         self.config, self.governor, self.processes = config, governor, processes()
-        if policy is None:
-            policy = SmallFlowPolicy.from_pretrained(config.policy)
+        policy = SmallFlowPolicy.from_pretrained(config.policy) if policy is None else policy
         self.learner = Learner.build(policy, config, self.processes.device)
-        self.snapshots = None if config.snapshots is None else SnapshotSet.load(config.snapshots)
         self._own: list[VectorEnv | RayRollouts] = []
         self.envs = self._environments(env, config.env)
         self.eval_envs = self._environments(eval_env, config.eval_env) or self.envs
+        self.snapshots = [None if config.snapshots is None else SnapshotSet.load(config.snapshots)] * len(self.envs)
         for environment in {*self.envs, *self.eval_envs}:
             check_compatible(environment, policy)
         self._check_division()
@@ -130,12 +127,12 @@ class GRPOTrainer:
         if len(self.collectors) != len(self.envs):
             raise ValueError(f"{len(self.collectors)} collectors for {len(self.envs)} environments; expected one each")
         if self.governor is None and config.governor_env is not None:
-            self.governor = Governor(
-                SimulatorReference(self._environments(None, [config.governor_env])[0]), config.governor
-            )
-        if self.snapshots is None and self.governor is not None:  # whoever replays a rollout must know where it began
-            found = getattr(self.envs[0].unwrapped, "snapshots", None)
-            self.snapshots = SnapshotSet(found) if found else None
+            self.governor = Governor(SimulatorReference(self._simulator(config.governor_env)), config.governor)
+        if config.snapshots is None and self.governor is not None:  # whoever replays a rollout must know where it began
+            found = [getattr(env.unwrapped, "snapshots", None) for env in self.envs]
+            self.snapshots = [SnapshotSet(snapshots) if snapshots else None for snapshots in found]
+        if self.governor is not None and isinstance(self.governor.reference, SimulatorReference):
+            self.governor.reference.require([one for snapshots in self.snapshots for one in snapshots or ()])
         self.folder = RunFolder(config.run)
         self.progress = _Progress()
         self._unjudged = 0  # updates in a row without a verdict
@@ -152,9 +149,8 @@ class GRPOTrainer:
         """
         try:
             self._open()
-            progress, total = self.progress, self.config.updates
-            quiet = not self.processes.is_main_process
-            with tqdm(total=total, initial=progress.update, desc="updates", disable=quiet) as bar:
+            progress, total, hidden = self.progress, self.config.updates, not self.processes.is_main_process
+            with tqdm(total=total, initial=progress.update, desc="updates", disable=hidden) as bar:
                 while progress.update < total and not progress.stopped:
                     line = self._one_update()
                     shown = [name for name in ("reward_mean", "success_rate", "eval_success_rate") if name in line]
@@ -178,7 +174,8 @@ class GRPOTrainer:
         rng = np.random.default_rng([self.config.seed, update])
         count = self.config.rollouts_per_update // self.config.group_size
         seeds = rng.integers(FIRST_SEED, size=count)  # evaluations begin there
-        snapshots = [None if self.snapshots is None else self.snapshots.sample(rng) for _ in range(count)]
+        sets = [self.snapshots[i // self.processes.num_processes % len(self.envs)] for i in range(count)]
+        snapshots = [None if one is None else one.sample(rng) for one in sets]
         starts = [Start(int(seed), snapshot) for seed, snapshot in zip(seeds, snapshots, strict=True)]
         mine = starts[self.processes.process_index :: self.processes.num_processes]
         return [mine[i :: len(self.envs)] for i in range(len(self.envs))]
@@ -230,7 +227,7 @@ class GRPOTrainer:
             collect(starts, config.group_size, noise_seed=config.seed, keep_frames=film or govern)
             for collect, starts in zip(self.collectors, self.starts(update), strict=True)
         ]
-        batch = RolloutBatch.cat([one.padded(max(one.mask.shape[1] for one in batches)) for one in batches])
+        batch = RolloutBatch.cat(batches)
         seconds = time.perf_counter() - began
         if film:
             self.folder.save_videos(batch, update, float(self.envs[0].metadata.get("render_fps", 10)))
@@ -263,19 +260,21 @@ class GRPOTrainer:
     def _evaluate(self) -> dict[str, float]:
         """Evaluates, notes a new best, and decides about stopping."""
         began, progress = time.perf_counter(), self.progress
-        starts = evaluate_starts(self.config.eval_starts, _START_SET)
-        if self.snapshots is not None and self.eval_envs is self.envs:
-            chosen = [self.snapshots[i % len(self.snapshots)] for i in range(len(starts))]
-            starts = [replace(start, snapshot=snapshot) for start, snapshot in zip(starts, chosen, strict=True)]
-        mine = starts[self.processes.process_index :: self.processes.num_processes]
+        starts = evaluate_starts(self.config.eval_starts, SELECTION_SET)
+        mine = list(enumerate(starts))[self.processes.process_index :: self.processes.num_processes]
+        snapshots = self.snapshots if self.eval_envs == self.envs else [None] * len(self.eval_envs)
+        places = [
+            (env, [start if own is None else replace(start, snapshot=own[i % len(own)]) for i, start in mine])
+            for env, own in zip(self.eval_envs, snapshots, strict=True)
+        ]
         hits = count = 0.0
-        for env in self.eval_envs if mine else ():
-            evaluation = evaluate_policy(self.learner.result, env, mine)
+        for env, here in places if mine else ():
+            evaluation = evaluate_policy(self.learner.result, env, here)
             hits, count = hits + float(evaluation.success.sum()), count + float(evaluation.valid.sum())
         hits, count = sum_over_processes([hits, count])
         if not count and progress.best_evaluation is None:
-            policy, envs = self.learner.result, self.eval_envs if mine else ()
-            again = [collect_groups(env, policy, mine[:1], 1, noise_seed=0, mode="ode") for env in envs]  # why not?
+            ask = partial(collect_groups, policy=self.learner.result, group_size=1, noise_seed=0, mode="ode")
+            again = [ask(env, starts=here[:1]) for env, here in places if here]
             raise ValueError(_no_verdict(f"evaluation after {progress.update} updates", *again))
         rate = hits / count if count else math.nan
         low, high = wilson_interval(int(hits), int(count))
@@ -319,19 +318,29 @@ class GRPOTrainer:
             state["governor"] = self.governor.state_dict()
         self.folder.save_last(state, self.progress.best_update)
 
-    def _environments(self, given: VectorEnv | Sequence[VectorEnv] | None, ids: Sequence[str]) -> list[VectorEnv]:
+    def _environments(
+        self, given: VectorEnv | Sequence[VectorEnv] | None, ids: Sequence[str], world: WorldConfig | None = None
+    ) -> list[VectorEnv]:
         if given is not None:
             return list(given) if isinstance(given, Sequence) else [given]
-        make = self._make_environment(str(self.processes.device))
+        make = self._make_environment(str(self.processes.device), world)
         made = [make(name) for name in ids]
         self._own += made
         return made
 
-    def _make_environment(self, device: str) -> Callable[[str], VectorEnv]:
+    def _simulator(self, name: str) -> VectorEnv:
+        """The governor's simulator: it looks as long as the world, whose commands it plays again."""
+        world = self.config.world
+        horizon = world.horizon or getattr(self.envs[0].unwrapped, "horizon", None)
+        (env,) = self._environments(None, [name], replace(world, horizon=horizon))
+        check_compatible(env, self.learner.policy)
+        return env
+
+    def _make_environment(self, device: str, world: WorldConfig | None = None) -> Callable[[str], VectorEnv]:
         policy = self.learner.policy
         return partial(
             make_environment,
-            world=self.config.world,
+            world=self.config.world if world is None else world,
             chunk_length=policy.chunk_length,
             image_size=policy.config.image_size if isinstance(policy, SmallFlowPolicy) else None,
             device=device,
@@ -381,10 +390,9 @@ def run_train(config: TrainConfig) -> str:
     if result.first_evaluation is not None and result.best_evaluation is not None:
         before, best = result.first_evaluation, result.best_evaluation
         lines.append(f"success in evaluations: {before:.1%} before any update, {best:.1%} at the best")
-        if config.governor_env is None:
-            lines.append(f"best policy: {config.run / 'best'}, after update {result.best_update}")
-    if config.governor_env is not None:
-        lines.append(f"best policy that the governor saw act: {config.run / 'best'}, after update {result.best_update}")
+    if config.governor_env is not None or result.best_evaluation is not None:
+        said = "best policy" if config.governor_env is None else "best policy that the governor saw act"
+        lines.append(f"{said}: {config.run / 'best'}, after update {result.best_update}")
     kind = "running mean of the weights" if config.ema_decay else "last policy"
     lines.append(f"{kind}: {config.run / 'policy'}")
     return "\n".join(lines)

@@ -63,7 +63,8 @@ def update_policy(
         failed_batch: where the mini-batch goes (safetensors) when a loss or a gradient is not finite.
 
     Returns:
-        Of the optimiser steps, weighted by valid commands: the metrics of the loss (``imitation_loss`` for
+        Of the optimiser steps, weighted by the commands that taught (without a KL term, those of groups that differ in
+        reward): the metrics of the loss (``imitation_loss`` for
         "filtered_bc"), and ``gradient_norm`` before clipping; they are absent when no step was taken. Of the batch:
         ``reward_mean``, ``success_rate``, ``valid_share``, ``zero_variance_share`` of the groups, ``advantage_std``.
         ``log_prob_gap``, the largest difference between a recomputed and a recorded log-probability, summed over the

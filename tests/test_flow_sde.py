@@ -57,7 +57,7 @@ def test_sde_step_equals_ode_step_at_noise_zero():
     flow = schedule(10, 0.0)
     for k in range(10):
         stepped, mean = flow_sde.sde_step(x, v, noise, flow, k)
-        assert torch.equal(stepped, flow_sde.ode_step(x, v, flow.dt[k]))
+        assert torch.equal(stepped, x - flow.dt[k] * v)
         assert torch.equal(stepped, mean)
 
 

@@ -17,6 +17,7 @@ from reach import Reach, make_reach, make_reach_policy
 from small_policy import make_policy
 
 from prophet_gym.judges.base import Verdict
+from prophet_gym.judges.calibration import wilson_interval
 from prophet_gym.sims.expert import ExpertConfig, ScriptedExpert
 from prophet_gym.sims.tabletop import TabletopSim
 from prophet_gym.sims.vector import make_sync_vector_env
@@ -96,6 +97,62 @@ def test_reacts_when_true_success_stays_below_its_best(reaction: str) -> None:
     again = Governor(Known([]), governor.rules)
     again.load_state_dict(governor.state_dict())
     assert again.reports == governor.reports
+
+
+def test_weights_that_a_rollback_threw_away_do_not_count_against_those_it_brought_back() -> None:
+    governor = Governor(Known([]), GovernorRules(min_precision=0.0, max_gap=1.0, reaction="rollback"))
+    actions = []
+    for hits in (8, 2, 2, 7, 7, 2, 7):
+        governor.reference = Known([True] * hits + [False] * (10 - hits))
+        actions.append(governor.check(make_batch([True] * 10), len(actions)).action)
+    assert actions == ["continue", "continue", "rollback", "continue", "continue", "rollback", "continue"]
+
+
+def test_a_few_outcomes_are_no_best_and_no_fall() -> None:
+    governor = Governor(Known([True] + [None] * 9), GovernorRules(patience=1, min_precision=0.0, max_gap=1.0))
+    lucky = governor.check(make_batch([True] * 10), 0)
+    assert lucky.true_success == 1.0 and not lucky.best and lucky.action == "warn"
+    assert "only 1 of 10 rollouts could be compared" in lucky.reason
+    governor.reference = Known([True] * 6 + [False] * 4)
+    honest = governor.check(make_batch([True] * 10), 1)
+    assert honest.best and honest.action == "continue"
+
+
+def test_members_of_a_group_are_no_independent_rollouts() -> None:
+    truth = np.repeat([True, False, True, False], 8).tolist()
+    batch = make_batch([True] * 32, starts=tuple(Start(i) for i in range(4)), group_size=8)
+    rate, low, high = Governor(Known(truth)).check(batch, 0).precision
+    assert rate == 0.5 and (low, high) == wilson_interval(2, 4)
+
+
+class Late(Reach):
+    """Judges at its horizon alone, as simulators do whose success may be lost again."""
+
+    def step(self, chunk: np.ndarray) -> tuple:
+        *values, info = super().step(chunk)
+        return *values, {**info, "verdict": Verdict(info["is_success"], 1.0) if values[3] or values[2] else None}
+
+
+def replayed(env: gym.vector.VectorEnv, calls: int) -> list[bool | None]:
+    """What a reference says of commands that stay, and of commands that reach the target on the left or the right."""
+    actions = torch.zeros(3, calls, 2, 2)
+    actions[1, ..., 0], actions[2, ..., 0] = -1, 1
+    batch = make_batch(
+        [True] * 3, actions=actions, path=torch.zeros(3, calls, 3, 2, 2), log_prob=torch.zeros(3, calls, 2, 2, 2),
+        image=torch.zeros(3, calls, 8, 8, 3, dtype=torch.uint8), state=torch.zeros(3, calls, 4),
+        mask=torch.ones(3, calls, 2, dtype=torch.bool), starts=(Start(1),) * 3, group_size=1,
+    )  # fmt: skip
+    return SimulatorReference(env, same_seeds=True).outcomes(batch, range(3))
+
+
+def test_simulators_of_others_are_replayed_too() -> None:
+    """Gymnasium's own vector environment refuses to step past an end; and success nobody asked about is no failure."""
+    plain = gym.vector.SyncVectorEnv([Reach] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    said = replayed(plain, 2)
+    assert said[0] is False and sorted(said[1:]) == [False, True]
+    held = make_sync_vector_env(lambda: Late(calls=4), 3, AutoresetMode.DISABLED)
+    assert replayed(held, 4) == said
+    assert [outcome for outcome in replayed(held, 3) if outcome is not True] == [None, None]
 
 
 @pytest.mark.render

@@ -104,6 +104,17 @@ def test_repeating_a_start_says_less_than_another_start() -> None:
     assert naive < 850
 
 
+def test_a_scene_under_another_seed_is_the_same_scene() -> None:
+    """Snapshots, or the 50 states of a LIBERO task, come back under seeds that differ."""
+    success = [True, True, False, False] * 10
+    ids = tuple(f"{i}-{'abcd'[i % 4]}" for i in range(40))
+    repeated, other = evaluation(success, start_ids=ids), evaluation([True] * 40, start_ids=ids)
+    low, high = repeated.interval
+    assert high - low > 2 * np.diff(evaluation(success).interval)[0]
+    change = compare(repeated, other)
+    assert (change.starts, change.gained, change.lost) == (4, 2, 0) and change.p_value == 0.5
+
+
 def test_repeats_without_variance_count_as_their_starts() -> None:
     assert evaluation([True] * 30, repeats=3).interval == evaluation([True] * 10).interval
 
@@ -195,15 +206,17 @@ def test_evaluation_in_the_simulator(tmp_path: Path) -> None:
     )
     policy, starts = make_policy(), simulator_starts("Tabletop-v0", evaluate_starts(3, 0))
     assert [start.snapshot.simulator_state is not None for start in starts] == [True] * 3  # type: ignore[union-attr]
-    one = evaluate_policy(policy, env, starts, noise_seed=5, num_noise_seeds=2, keep_frames=True)
+    one = evaluate_policy(policy, env, starts, noise_seed=5, num_noise_seeds=2, keep_frames=3)
     assert one.seeds.tolist() == [start.seed for start in starts] * 2 and one.noise_seeds.tolist() == [5] * 3 + [6] * 3
     assert len(one.frames) == 3 and one.start_ids[:3] == one.start_ids[3:] and one.valid.all()
     for video, start in zip(one.frames, starts, strict=True):
         assert video.shape == (9, 64, 64, 3)
         np.testing.assert_array_equal(video[0], start.snapshot.image)  # type: ignore[union-attr]
-    second = evaluate_policy(policy, env, starts, noise_seed=6, keep_frames=True)
+    second = evaluate_policy(policy, env, starts, noise_seed=6, keep_frames=1)
+    assert len(second.frames) == 2  # as many as there are slots
     assert (second.frames[0] != one.frames[0]).any()  # the noise is another
-    again = evaluate_policy(policy, env, starts, noise_seed=5, keep_frames=True)
+    again = evaluate_policy(policy, env, starts, noise_seed=5, keep_frames=1)
+    assert again.success.tolist() == one.success[:3].tolist()
     np.testing.assert_array_equal(again.frames[0], one.frames[0])
     assert compare(again, evaluate_policy(make_policy(1), env, starts, noise_seed=5)).starts == 3
     with pytest.raises(ValueError, match="0 starts in common"):

@@ -15,13 +15,13 @@ from gymnasium.vector import AutoresetMode
 from reach import Reach, make_reach, make_reach_policy
 from small_policy import make_policy
 
-from prophet_gym import ProphetVectorEnv, ProphetWorldModel, SnapshotSet, Verdict
+from prophet_gym import ProphetVectorEnv, ProphetWorldModel, Snapshot, SnapshotSet, Verdict
 from prophet_gym.sims.vector import make_sync_vector_env
 from prophrl_agents import SmallFlowPolicy
 from prophrl_agents.config import PAPER, SMOKE, TABLETOP, FlowScaleConfig, TrainConfig, WorldConfig
 from prophrl_agents.environments import make_environment
 from prophrl_agents.evaluate import FIRST_SEED, compare, evaluate_policy, evaluate_starts
-from prophrl_agents.governor import Governor, GovernorRules
+from prophrl_agents.governor import Governor, GovernorRules, SimulatorReference
 from prophrl_agents.trainer import GRPOTrainer
 
 QUICK = TrainConfig(
@@ -253,6 +253,20 @@ def test_the_governor_rolls_back_to_the_weights_that_were_truly_best(tmp_path):
     assert torch.equal(weights_of(best), weights_of(expected))
 
 
+def test_a_governor_leaves_every_environment_its_own_starts(tmp_path):
+    envs = [make_reach(8), make_reach(8)]
+    bare = Snapshot(np.zeros((8, 8, 3), np.uint8), "go", np.eye(4)[None], np.ones(1))
+    for i, env in enumerate(envs):
+        env.snapshots = [dataclasses.replace(bare, name=f"{i}-{j}", simulator_state=np.ones(3)) for j in range(3)]
+    config = dataclasses.replace(QUICK, run=tmp_path / "run")
+    trainer = GRPOTrainer(config, make_reach_policy(), envs, governor=Governor(ScriptedTruth([])))
+    for i, starts in enumerate(trainer.starts(0)):
+        assert starts and all(start.snapshot.name.startswith(f"{i}-") for start in starts)
+    envs[1].snapshots = [dataclasses.replace(one, simulator_state=None) for one in envs[1].snapshots]
+    with pytest.raises(ValueError, match="3 of 6 snapshots have no simulator_state, '1-0' for one"):
+        GRPOTrainer(config, make_reach_policy(), envs, governor=Governor(SimulatorReference(make_reach(8))))
+
+
 def test_the_governor_stops_a_run_and_its_memory_is_in_the_checkpoint(tmp_path):
     _, result, lines = govern(tmp_path / "run", [0.75, 0.25, 0.25, 0.25], patience=1, reaction="stop")
     assert result.updates == 2 and "below its best" in result.stopped and len(lines) == 2
@@ -299,6 +313,7 @@ def test_a_run_folder_is_not_overwritten_and_only_its_own_run_resumes(tmp_path):
         ({"clip_low": 1.0}, "clip_low < 1"),
         ({"dual_clip": 1.1}, "above 1 \\+ clip_high"),
         ({"beta": -1.0}, "0 or more"),
+        ({"noise_level": 0.0}, "noise_level is 0.0, expected above 0"),
         ({"beta": 0.1, "algorithm": "filtered_bc"}, "no KL term"),
         ({"dynamic_sampling": True, "algorithm": "ppo"}, "about groups"),
         ({"learning_rate": 0.0}, "positive"),

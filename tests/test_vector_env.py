@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from prophet_gym import ProphetEnv, ProphetVectorEnv, ProphetWorldModel, SnapshotSet, Verdict
+from prophet_gym import Judge, ProphetEnv, ProphetVectorEnv, ProphetWorldModel, SnapshotSet, Verdict
 
 HORIZON, CHUNK = 16, 8
 
@@ -204,6 +205,22 @@ def test_a_judge_failing_on_one_rollout_spares_the_others(
     env.reset(options={"snapshots": [snapshots[1]] * 3})
     assert not env.step(chunks(env))[4]["judge_valid"].any()
     assert caplog.text.count("RuntimeError: cannot read") == 1  # identical failures are logged once
+
+
+def test_a_batch_that_fails_is_said_once(
+    world_model: Counting, snapshots: SnapshotSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    class OneAtATime(Judge):
+        def judge_batch(self, frames: Sequence[np.ndarray], instructions: Sequence[str]) -> list[Verdict]:
+            if len(frames) > 1:
+                raise MemoryError(f"no room for {id(frames)}")
+            return [Verdict(True, 1.0)]
+
+    env = make(world_model, snapshots, judge=OneAtATime(), horizon=CHUNK)
+    for seed in range(2):
+        env.reset(seed=seed)
+        assert env.step(chunks(env))[4]["judge_valid"].all()
+    assert caplog.text.count("judge_batch fails on 3 rollouts, not on each alone: no room") == 1
 
 
 def test_bad_actions(world_model: Counting, snapshots: SnapshotSet) -> None:
