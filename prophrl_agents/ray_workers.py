@@ -84,7 +84,7 @@ class RayRollouts:
         mode: SampleMode = "sde",
         keep_frames: bool = False,
     ) -> RolloutBatch:
-        """Does what :func:`prophrl_agents.rollout.collect_groups` does, with these of its arguments and the same result.
+        """Does what :func:`prophrl_agents.rollout.collect_groups` does, with these arguments and the same result.
 
         The same to the bit if tasks fill the slots as the passes of one process would (``group_size`` divides the
         number of slots, as many on both sides) and torch has as many threads; otherwise up to rounding.
