@@ -21,6 +21,7 @@ import torch
 from prophet_gym import ACTION_SPECS, SnapshotSet
 from prophet_gym.compat import libero as prophet_libero
 from prophet_gym.compat import maniskill, simpler
+from prophet_gym.rotations import quaternion_to_matrix
 
 ID = "Prophet-Tabletop-v0"
 CHUNK, HORIZON = 4, 8
@@ -112,7 +113,9 @@ def test_simpler_observation_and_episodes(options: dict[str, Any], snapshots: Sn
     np.testing.assert_array_equal(obs["image"][simpler.CAMERA]["rgb"], large(snapshots[2].image))
     assert np.isnan(obs["agent"]["qpos"][:6]).all() and obs["agent"]["qpos"][6:].tolist() == pytest.approx([0.037] * 2)
     np.testing.assert_allclose(obs["extra"]["tcp_pose"][:3], snapshots[2].eef_pose[0, :3, 3], atol=1e-6)
-    np.testing.assert_allclose(obs["extra"]["tcp_pose"][3:], [1, 0, 0, 0], atol=1e-6)
+    link = quaternion_to_matrix(obs["extra"]["tcp_pose"][3:].astype(float))
+    np.testing.assert_allclose(link[:, 0], [0, 0, -1], atol=1e-6)  # its x axis points to what it holds: down
+    np.testing.assert_allclose(link[:, 2], [1, 0, 0], atol=1e-6)
     view = obs["camera_param"][simpler.CAMERA]
     np.testing.assert_allclose(view["extrinsic_cv"], snapshots[2].camera.E, atol=1e-6)
     np.testing.assert_allclose(view["cam2world_gl"][:3, 2], [0, 0, 1], atol=1e-6)  # looks down: -z is forward

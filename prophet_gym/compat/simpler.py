@@ -19,7 +19,7 @@ from ..action_frames import Camera
 from ..actions import ActionSpec
 from ..env import own_info
 from ..errors import nearest
-from ..rotations import axis_angle_to_quaternion
+from ..rotations import axis_angle_to_matrix, matrix_to_quaternion
 from .single_step import SingleStepVectorEnv
 from .starts import only_task, pick_episode
 
@@ -47,6 +47,10 @@ _OPEN, _CLOSED = 0.037, 0.015  # m, each finger of a WidowX
 BASE_POSE = np.array([0, 0, 0, 1, 0, 0, 0], np.float32)
 """Position and quaternion w x y z of the robot's base: the poses of a world are in its frame. SimplerEnv's ``tcp_pose``
 is in a world where the base is turned by 180° about z; take ``base_pose``'s inverse times it, in both."""
+
+DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
+"""Orientation of the gripper link where BridgeData, and with it a world, calls it zero (widowx_controller's
+default_rot): the hand points down."""
 
 ACTION_SPEC = ActionSpec(
     delta="servo",
@@ -228,8 +232,9 @@ def joint_positions(state: np.ndarray) -> np.ndarray:
 
 
 def tcp_pose(state: np.ndarray) -> np.ndarray:
-    """Returns position (metres) and quaternion w x y z, (B, 7) float32, for states (B, 8)."""
-    return np.concatenate([state[:, :3], axis_angle_to_quaternion(state[:, 3:6])], axis=1).astype(np.float32)
+    """Returns position (metres) and quaternion w x y z of the gripper link, (B, 7) float32, for states (B, 8)."""
+    link = axis_angle_to_matrix(state[:, 3:6].astype(np.float64)) @ DOWN
+    return np.concatenate([state[:, :3], matrix_to_quaternion(link)], axis=1).astype(np.float32)
 
 
 def camera_param(camera: Camera | None) -> dict[str, np.ndarray]:

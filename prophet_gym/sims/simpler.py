@@ -21,7 +21,7 @@ import numpy as np
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
 from prophet_gym.compat.maniskill import ENV_IDS
-from prophet_gym.compat.simpler import TASKS
+from prophet_gym.compat.simpler import DOWN, TASKS
 from prophet_gym.errors import nearest
 from prophet_gym.rotations import quaternion_to_matrix
 from prophet_gym.sims.bridge_backends import (
@@ -39,8 +39,6 @@ __all__ = ["BridgeSim", "make_bridge"]
 STARTS = 24
 """Starts of each task, ``episode_id`` 0 to 23."""
 _CLOSED, _OPEN = 0.015, 0.037  # m, each finger of a WidowX
-_DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
-"""Orientation of the gripper link that BridgeData calls zero (widowx_controller's default_rot)."""
 
 
 BACKENDS: dict[str, tuple[str, Any]] = {
@@ -106,7 +104,7 @@ class BridgeSim:
         """Measured pose (1, 4, 4), base frame, BridgeData's orientation."""
         base, hand = (_transform(pose) for pose in self.backend.poses(self._observation))
         pose = np.linalg.inv(base) @ hand
-        pose[:3, :3] = pose[:3, :3] @ _DOWN.T
+        pose[:3, :3] = pose[:3, :3] @ DOWN.T
         pose[3] = [0.0, 0.0, 0.0, 1.0]
         return pose[None]
 
