@@ -104,8 +104,8 @@ class LiberoEnv(gym.Env):
         """Starts from the snapshot with this simulator state, and returns the observation.
 
         Args:
-            init_state: flat state of the simulator that the snapshots were taken in, as LIBERO's
-                ``get_task_init_states`` gives them; or a :class:`prophet_gym.Snapshot`.
+            init_state: a :class:`prophet_gym.Snapshot`, or the flat ``simulator_state`` of one of the world's. LIBERO's
+                ``get_task_init_states`` are found where snapshots were given them.
 
         Raises:
             ValueError: no snapshot has this state.
@@ -118,8 +118,8 @@ class LiberoEnv(gym.Env):
                 return self._begin(snapshot)
         raise ValueError(
             f"None of the world's {len(self.world.snapshots or ())} snapshots has this simulator state "
-            f"({wanted.size} numbers). A world starts where it has an image: record snapshots at LIBERO's init states "
-            "and give snapshots=, or pass a prophet_gym.Snapshot."
+            f"({wanted.size} numbers). A world starts where it has an image: pass a prophet_gym.Snapshot, or give "
+            "snapshots= that carry LIBERO's init states as simulator_state."
         )
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, dict[str, Any]]:  # type: ignore[override]
