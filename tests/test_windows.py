@@ -43,6 +43,8 @@ def test_windows_cover_every_command_and_end_with_the_episode(episodes: list[Epi
     np.testing.assert_array_equal(window.labels["block_px"], whole.labels["block_px"][2:8])
     assert [len(w) for w in windows[5:]] == [5, 5]
     assert EpisodeWindows(episodes, 3, stride=9).names == ("a@0", "a@4", "b@0", "b@9", "c@0")
+    apart = EpisodeWindows(episodes, 3, stride=3, cover=False)
+    assert apart.names == ("a@0", "a@3", "b@0", "b@3", "b@6", "b@9", "c@0")
 
 
 def test_images_cameras_and_labels_scale_together(episodes: list[Episode]) -> None:

@@ -39,6 +39,7 @@ class EpisodeWindows(EpisodeSequence):
         stride: int | None = None,
         image_size: tuple[int, int] | None = None,
         fit: Fit = "stretch",
+        cover: bool = True,
     ) -> None:
         """Read how long the episodes are; no image is decoded.
 
@@ -49,6 +50,8 @@ class EpisodeWindows(EpisodeSequence):
             image_size: (height, width) that images, cameras and labels in pixels (``*_px``) are brought to; by
                 default they stay as they are.
             fit: How they come to that size: `prophet_gym.data.fitting`.
+            cover: Whether a last window ends with the episode, wherever that starts; else some commands are left over,
+                and windows whose stride is their length do not overlap.
 
         Raises:
             ValueError: If length or stride is below 1, or no episode is long enough.
@@ -66,7 +69,7 @@ class EpisodeWindows(EpisodeSequence):
             if last < 0:
                 left_out.append(episode.name)
                 continue
-            starts = [*range(0, last, stride), last]
+            starts = [*range(0, last, stride), last] if cover else list(range(0, last + 1, stride))
             self._places += [(i, start) for start in starts]
             names += [f"{episode.name}@{start}" for start in starts]
         if not names:

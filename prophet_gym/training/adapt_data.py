@@ -115,12 +115,16 @@ def draws_actions(config: AdaptConfig, split: Split, base_draws: bool) -> bool:
 
 
 def evaluation_windows(config: AdaptConfig, split: Split, image_size: tuple[int, int]) -> list[Episode]:
-    """At least two clips of equal length from the held-out episodes, evenly spread over them; decoded at first use."""
+    """At least two clips of equal length from the held-out episodes, evenly spread over them; decoded at first use.
+
+    They do not overlap: one clip's actions are the other's shuffled ones.
+    """
     shortest = min(len(split.held_out[i]) for i in range(len(split.held_out)))
     length = min(config.evaluation_frames, shortest)
-    windows = EpisodeWindows(split.held_out, length, stride=length, image_size=image_size)
-    if len(windows) < 2:  # shuffled actions are those of another clip: one episode gives its two halves
-        windows = EpisodeWindows(split.held_out, max(1, length // 2), stride=length, image_size=image_size)
+    windows = EpisodeWindows(split.held_out, length, stride=length, image_size=image_size, cover=False)
+    if len(windows) < 2:  # one episode gives its two halves
+        half = max(1, length // 2)
+        windows = EpisodeWindows(split.held_out, half, stride=half, image_size=image_size, cover=False)
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), config.evaluation_windows)).round().astype(int)
     return [windows[i].with_poses() for i in chosen]
 
