@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from prophet_gym.audit_checks import (
     Finding,
+    Level,
     check_calibration,
     check_gripper,
     check_images,
@@ -37,9 +38,10 @@ class AuditReport:
         episodes: Episodes that could be read.
         findings: All findings, faults first.
         delay: Steps by which images follow commands, None where they do not.
-        followed: Share of the image motion that the commands explain, by delay.
+        followed: Share of the image motion that the commands explain, by delay; 0 where too few steps are left.
         response: What each dimension does, by its name: the image's motion right and down per unit, a typical command
             (root mean square), and how measured poses answer (slope and correlation); None where they are unknown.
+            Both are empty where the episodes' commands differ in width.
     """
 
     episodes: int
@@ -87,13 +89,14 @@ def audit(episodes: Sequence[Episode], *, limit: int | None = None) -> AuditRepo
         except ValueError as error:
             findings.append(Finding("fault", "unreadable episode", str(error)))
             continue
-        # What is kept of it is small: images go.
-        read.append(
-            replace(episode, images=episode.frames[:1].repeat(len(episode) + 1, axis=0)[:, :1, :1], camera=None)
-        )
+        # What is kept of it is small: images and labels go. A view of the images would keep all of them alive.
+        pixel = np.zeros((len(episode) + 1, 1, 1, 3), np.uint8)
+        read.append(replace(episode, images=pixel, camera=None, labels={}))
     if not read:
         raise ValueError(f"none of {count} episodes can be audited. The first: {findings[0].message}")
     findings += check_set(read)
+    if len({episode.action_spec.num_effectors for episode in read}) > 1:  # told above; nothing below can be joined
+        return AuditReport(len(read), _sorted(findings), None, {}, {})
     findings += check_steps(read, signals)
     findings += check_units(read)
     delay, followed, weights, found = check_images(signals)
@@ -113,9 +116,13 @@ def audit(episodes: Sequence[Episode], *, limit: int | None = None) -> AuditRepo
         }
         for i, name in enumerate(dimensions)
     }
-    order = ("fault", "warning", "note")
-    findings.sort(key=lambda finding: order.index(finding.level))
-    return AuditReport(len(read), tuple(findings), delay, followed, response)
+    return AuditReport(len(read), _sorted(findings), delay, followed, response)
+
+
+def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Faults, then warnings, then notes."""
+    order = get_args(Level)
+    return tuple(sorted(findings, key=lambda finding: order.index(finding.level)))
 
 
 def format_audit(report: AuditReport) -> str:

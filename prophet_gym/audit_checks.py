@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from prophet_gym.actions import Delta, Rotation
-from prophet_gym.audit_signals import DELAYS, Signals, correlation, explained, joined, moves
+from prophet_gym.audit_signals import Signals, correlation, delays_at, explained, joined, latest_delay, moves
 from prophet_gym.data.columns import actions_from_poses
 from prophet_gym.data.episode import Episode
 
@@ -23,6 +23,7 @@ _FASTEST, _FASTEST_TURN = 3.0, 10.0  # m/s and rad/s: more is no arm's
 _SLOWEST = 1e-4  # m/s: a robot whose commands stay below stands still
 _LEAST = (1e-5,) * 3 + (1e-4,) * 3 + (1e-2,)  # standard deviations below which a dimension is not used
 _ROWS = 40  # steps below which a statistic says nothing
+_LEAST_PREDICTED, _LEAST_SEEN = 0.002, 0.02  # standard deviations of the motion of `Signals` that count as motion
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,12 @@ def check_images(
     targets = [s.image_motion for s in signals]
     inputs = [s.commands.reshape(len(s.commands), -1) for s in signals]
     shifts = [np.concatenate([c[:, i : i + 3] for i in range(0, c.shape[1], 7)], axis=1) for c in inputs]
-    followed = {delay: explained(*joined(targets, shifts, delay))[0] for delay in DELAYS}
-    rows = len(joined(targets, shifts, 0)[0])
+    fps = max(s.fps for s in signals)
+    delays, latest = delays_at(fps), latest_delay(fps)
+    pairs = {delay: joined(targets, shifts, delay, delays) for delay in delays}
+    # A delay that leaves few steps of short episodes is not compared: it would win by chance.
+    followed = {d: explained(*pair)[0] if len(pair[0]) >= _ROWS else 0.0 for d, pair in pairs.items()}
+    rows = min(len(pairs[delay][0]) for delay in range(latest + 1))
     if rows < _ROWS:
         found = [Finding("note", "image delay", f"only {rows} steps; at least {_ROWS} are needed to say anything")]
         return None, followed, None, found
@@ -161,27 +166,27 @@ def check_images(
     score = followed[best]
     if score < 0.1:
         message = (
-            f"commands explain {max(score, 0):.0%} of the image's motion at any delay from {DELAYS[0]} to "
-            f"{DELAYS[-1]}; expected far more than 10 %. Actions of other episodes, a camera that does not see the "
-            "arm, or a wrong order?"
+            f"commands explain {max(score, 0):.0%} of the image's motion at any delay from {delays[0]} to "
+            f"{delays[-1]} steps; expected far more than 10 %. Actions of other episodes, a camera that does not "
+            "see the arm, or a wrong order?"
         )
         return None, followed, None, [Finding("fault", "image follows", message)]
-    weights = explained(*joined(targets, inputs, best))[1]
-    message = f"images follow commands by {best} step(s), which explain {score:.0%} of their motion"
-    if not 0 <= best <= 2:
+    weights = explained(*joined(targets, inputs, best, delays))[1]
+    message = f"images follow commands by {best} step(s), {best / fps:.2g} s, which explain {score:.0%} of their motion"
+    if not 0 <= best <= latest:
         fix = "move the images earlier" if best > 0 else "move the images later"
         return (
             best,
             followed,
             weights,
-            [Finding("fault", "image delay", f"{message}; expected 0 to 2. The video is shifted: {fix}")],
+            [Finding("fault", "image delay", f"{message}; expected 0 to {latest}. The video is shifted: {fix}")],
         )
-    level: Level = "note" if best < 2 else "warning"
+    level: Level = "note" if best <= latest / 2 else "warning"
     return best, followed, weights, [Finding(level, "image delay", message)]
 
 
 def check_calibration(signals: list[Signals]) -> list[Finding]:
-    """Whether the projected end-effector moves the way the image does."""
+    """Whether the end-effector is in front of the camera, and its projection moves the way the image does."""
     having = [s for s in signals if s.predicted is not None]
     if not having:
         return [
@@ -197,16 +202,45 @@ def check_calibration(signals: list[Signals]) -> list[Finding]:
                 "no action frames: calibrate them, or train without action frames",
             )
         )
-    seen, predicted = (np.concatenate([getattr(s, key) for s in having]) for key in ("image_motion", "predicted"))
-    if len(seen) < _ROWS:
+    behind, images = sum(s.behind for s in having), sum(len(s.commands) + 1 for s in having)
+    if behind:
+        text = f"the gripper projects behind the camera in {behind} of {images} frames"
+        if behind > images / 2:
+            return [
+                *found,
+                Finding("fault", "camera", f"{text}; expected none. E may be inverted, or with OpenGL's axes"),
+            ]
+        found.append(Finding("warning", "camera", f"{text}: action frames show nothing there"))
+    pairs = [_projected(having, delay) for delay in range(latest_delay(max(s.fps for s in having)) + 1)]
+    if len(pairs[0][0]) < _ROWS:
         return found
+    pairs = [pair for pair in pairs if len(pair[0]) >= _ROWS]
+    predicted, seen = max(pairs, key=lambda pair: np.abs(correlation(*pair)).sum())
     table = correlation(predicted, seen)
-    wrong = [axis for i, axis in enumerate(("right", "down")) if table[i, i] < 0.2 and abs(table[i]).max() > 0.2]
+    varies = _clearly(predicted, _LEAST_PREDICTED) & _clearly(seen, _LEAST_SEEN)
+    wrong = [i for i in range(2) if table[i, i] < 0.2 and (varies[i] or abs(table[i]).max() > 0.2)]
     text = f"projected motion and image motion correlate by {table[0, 0]:.2f} (right) and {table[1, 1]:.2f} (down)"
     if wrong:
-        message = f"{text}; expected clearly positive. Poses' axes, K, E or the image are turned"
+        message = (
+            f"{text}; expected clearly positive. Poses' axes, K, E or the image are turned, or the camera is of "
+            "another scene"
+        )
         return [*found, Finding("fault", "camera", message)]
     return [*found, Finding("note", "camera", text)]
+
+
+def _clearly(motion: np.ndarray, least: float) -> np.ndarray:
+    """Whether motion (R, 2) varies along each axis (2,), and is no mere echo of the motion along the other."""
+    spread = motion.std(axis=0)
+    return spread > np.maximum(least, spread.max() / 4)
+
+
+def _projected(signals: list[Signals], delay: int) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted motion and the image's motion `delay` steps later, (R, 2) each, where the former is known."""
+    predicted = [s.predicted[: max(0, len(s.predicted) - delay)] for s in signals if s.predicted is not None]
+    motion, seen = np.concatenate(predicted), np.concatenate([s.image_motion[delay:] for s in signals])
+    known = np.isfinite(motion).all(axis=1)
+    return motion[known], seen[known]
 
 
 def check_poses(
@@ -220,11 +254,13 @@ def check_poses(
     moved = [s.motion.reshape(len(s.commands), -1) for s in having if s.motion is not None]
     count = read[0].action_spec.num_effectors
     body = [i for i in range(7 * count) if i % 7 < 6]
-    scores = {}
-    for delay in (0, 1, 2, 3):
-        targets, inputs = joined(moved, given, delay)
+    scores, fps = {}, max(s.fps for s in having)
+    for delay in range(latest_delay(fps) + 2):
+        targets, inputs = joined(moved, given, delay, delays_at(fps))
+        if delay and len(targets) < _ROWS:
+            break  # a few steps of short episodes correlate by chance
         scores[delay] = np.abs(correlation(inputs[:, body], targets[:, body])).max(axis=1).mean()
-    targets, inputs = joined(moved, given, max(scores, key=lambda delay: scores[delay]))
+    targets, inputs = joined(moved, given, max(scores, key=lambda delay: scores[delay]), delays_at(fps))
     table, names = correlation(inputs, targets), dimension_names(count)
     slopes, own, found = [], [], []
     for i, name in enumerate(names):

@@ -108,7 +108,8 @@ def _charts(report: AuditReport) -> str:
     delays = list(report.followed)
     colours = ["tab:blue" if delay == report.delay else "lightgrey" for delay in delays]
     left.bar(delays, [100 * max(0.0, report.followed[delay]) for delay in delays], color=colours)
-    left.set(xlabel="steps by which images follow commands", ylabel="% of the motion", xticks=delays, ylim=(0, 100))
+    ticks = [delay for delay in delays if delay % max(1, len(delays) // 11) == 0]
+    left.set(xlabel="steps by which images follow commands", ylabel="% of the motion", xticks=ticks, ylim=(0, 100))
     arrows = {
         axis: np.multiply(values["image"], values["typical"])
         for axis, values in report.response.items()

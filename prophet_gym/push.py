@@ -15,7 +15,9 @@ _PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a whole checkpoint, and nothing beside it, to a model repository that is made where there is none.
 
-    The account is the one of ``hf auth login``, or of the environment variable ``HF_TOKEN``.
+    The account is the one of ``hf auth login``, or of the environment variable ``HF_TOKEN``. Files of an earlier push
+    that the folder has no more are deleted, so that no old judge stands beside new weights: the repository then holds
+    the folder and its own ``.gitattributes``. What was deleted stays in the repository's history.
 
     Args:
         folder: a checkpoint, as `prophet adapt` or `prophet train` leaves it.
@@ -41,7 +43,10 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
         open_to_all = private and not api.repo_info(repo_id).private
         if not open_to_all:
             uploaded = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=f"prophet push {folder.resolve().name}"
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=f"prophet push {folder.resolve().name}",
+                delete_patterns="*",  # matches across folders; the client keeps .gitattributes
             )
     except Exception as error:  # the hub's client raises many kinds
         first_line = (str(error).splitlines() or [""])[0]

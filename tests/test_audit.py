@@ -11,19 +11,40 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import escape
+from typing import Any
 
 import numpy as np
 import pytest
+from audit_faults import (
+    as_euler,
+    as_local,
+    blind,
+    degrees,
+    early_video,
+    flipped_gripper,
+    frozen_video,
+    late_video,
+    millimetres,
+    mirrored_axis,
+    missing_frame,
+    swapped_axes,
+    turning,
+    upside_down,
+)
 from PIL import Image
 from squares import square_episode
 
+from prophet_gym import audit as audit_module
 from prophet_gym import audit_signals
-from prophet_gym.action_frames import project
-from prophet_gym.actions import integrate_poses
+from prophet_gym.action_frames import Camera, project
+from prophet_gym.actions import ACTION_SPECS
 from prophet_gym.audit import AuditReport, audit, format_audit
+from prophet_gym.audit_checks import check_calibration, check_images
 from prophet_gym.audit_report import write_audit_page
-from prophet_gym.audit_signals import correlation, explained, joined
+from prophet_gym.audit_signals import Signals, correlation, delays_at, explained, joined, projected_motion
 from prophet_gym.data import Episode, EpisodeFolder, write_episode
+
+DELAYS = delays_at(5.0)
 
 
 def faults(report: AuditReport) -> set[str]:
@@ -32,82 +53,6 @@ def faults(report: AuditReport) -> set[str]:
 
 def said(report: AuditReport, check: str) -> str:
     return " ".join(finding.message for finding in report.findings if finding.check == check)
-
-
-# Faults, as logs have them: the commands or the images are wrong, the measured poses are right
-
-
-def flipped_gripper(episode: Episode) -> Episode:
-    actions = episode.actions.copy()
-    actions[:, 6] = 1 - actions[:, 6]
-    return replace(episode, actions=actions)
-
-
-def swapped_axes(episode: Episode) -> Episode:
-    return replace(episode, actions=episode.actions[:, [1, 0, 2, 3, 4, 5, 6]])
-
-
-def mirrored_axis(episode: Episode) -> Episode:
-    return replace(episode, actions=episode.actions * np.float32([1, -1, 1, 1, 1, 1, 1]))
-
-
-def degrees(episode: Episode) -> Episode:
-    return replace(episode, actions=episode.actions * np.float32([1, 1, 1, *[180 / np.pi] * 3, 1]))
-
-
-def millimetres(episode: Episode) -> Episode:
-    return replace(episode, actions=episode.actions * np.float32([1000, 1000, 1000, 1, 1, 1, 1]))
-
-
-def late_video(episode: Episode) -> Episode:
-    """The video lags by 3 frames."""
-    return replace(episode, images=episode.frames[np.maximum(np.arange(len(episode) + 1) - 3, 0)])
-
-
-def early_video(episode: Episode) -> Episode:
-    return replace(episode, images=episode.frames[np.minimum(np.arange(len(episode) + 1) + 3, len(episode))])
-
-
-def upside_down(episode: Episode) -> Episode:
-    return replace(episode, images=episode.frames[:, ::-1])
-
-
-def frozen_video(episode: Episode) -> Episode:
-    """Every second frame repeats the one before."""
-    return replace(episode, images=episode.frames[np.arange(len(episode) + 1) // 2 * 2])
-
-
-def turning(episode: Episode) -> Episode:
-    """Large turns about changing axes, commanded as rotation vectors and followed exactly."""
-    rng = np.random.default_rng(len(episode.name) + int(episode.actions[0, 0] * 1e6) % 97)
-    spec = replace(episode.action_spec, low=(-1.0,) * 6 + (0.0,), high=(1.0,) * 7, workspace=None)
-    actions = episode.actions.copy()
-    actions[:, 3:6] = rng.uniform(-0.4, 0.4, (len(actions), 3))
-    assert episode.eef_pose is not None
-    path = integrate_poses(episode.eef_pose[:1].astype(np.float64), spec.to_canonical(actions)[None], spec)[0]
-    poses = np.concatenate([episode.eef_pose[:1], path])
-    return replace(episode, actions=actions, eef_pose=poses, action_spec=spec, camera=None)
-
-
-def as_euler(episode: Episode) -> Episode:
-    """The spec calls rotation vectors Euler angles."""
-    episode = turning(episode)
-    return replace(episode, action_spec=replace(episode.action_spec, rotation="euler_xyz"))
-
-
-def as_local(episode: Episode) -> Episode:
-    """The spec calls deltas in the base frame local."""
-    episode = turning(episode)
-    return replace(episode, action_spec=replace(episode.action_spec, delta="local"))
-
-
-def missing_frame(episode: Episode) -> Episode:
-    frames = episode.frames
-    return replace(episode, images=lambda: frames[:-1])
-
-
-def blind(episode: Episode) -> Episode:
-    return replace(episode, eef_pose=None, gripper=None, camera=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +103,7 @@ def test_clean_episodes_pass(tabletop):
         (mirrored_axis, "sign", "commanded y moves measured y backwards"),
         (degrees, "units", "Degrees for radians"),
         (millimetres, "units", "Millimetres"),
-        (late_video, "image delay", r"by 3 step\(s\).*shifted: move the images earlier"),
+        (late_video, "image delay", r"by 6 step\(s\), 0.6 s.* 0 to 4. The video is shifted: move the images earlier"),
         (early_video, "image delay", r"by -3 step\(s\).*shifted: move the images later"),
         (upside_down, "camera", r"-0\.\d+ \(down\); expected clearly positive"),
         (frozen_video, "frozen images", "repeat the image before"),
@@ -189,7 +134,8 @@ def test_without_poses_the_audit_says_what_it_cannot_see(tabletop):
     grasping = [episode for episode in tabletop if episode.actions[0, 6] == 1] * 3  # pushing begins closed
     flipped = audit([flipped_gripper(blind(episode)) for episode in grasping])
     assert faults(flipped) == {"gripper"} and "begin with a closed gripper" in said(flipped, "gripper")
-    assert faults(audit([late_video(blind(episode)) for episode in tabletop])) == {"image delay"}
+    late = faults(audit([late_video(blind(episode)) for episode in tabletop]))
+    assert late == {"image delay", "frozen images"}  # it begins with the same image seven times
     fast = audit([millimetres(blind(episode)) for episode in tabletop])
     assert faults(fast) == {"units"} and "m/s; expected at most 3" in said(fast, "units")
 
@@ -270,12 +216,149 @@ def test_measures_against_closed_form():
     inputs = [rng.normal(size=(40, 3)) for _ in range(2)]
     response = np.array([[1.0, 0.5], [-2.0, 0.0], [0.0, 1.0]])
     targets = [np.concatenate([np.zeros((2, 2)), i[:-2] @ response]) for i in inputs]  # two steps late
-    share, weights = explained(*joined(targets, inputs, 2))
+    share, weights = explained(*joined(targets, inputs, 2, DELAYS))
     assert share == pytest.approx(1) and np.allclose(weights, response)
-    assert abs(explained(*joined(targets, inputs, 0))[0]) < 0.2
+    assert abs(explained(*joined(targets, inputs, 0, DELAYS))[0]) < 0.2
     a = rng.normal(size=(50, 2))
     table = correlation(a, np.stack([a[:, 1], -a[:, 0], np.ones(50)], axis=1))
     assert table[0, 1] == pytest.approx(-1) and table[1, 0] == pytest.approx(1) and not table[:, 2].any()
+
+
+def test_every_delay_pairs_as_many_rows_of_short_episodes():
+    for length in range(1, 30):
+        steps = np.arange(length)[:, None]
+        for delay in DELAYS:
+            targets, inputs = joined([steps], [steps], delay, DELAYS)
+            assert (targets - inputs == delay).all() and len(targets) == len(inputs)
+    assert explained(np.zeros((0, 2)), np.zeros((0, 3)))[0] == 0 and not correlation(*np.zeros((2, 0, 2))).any()
+
+
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
+def test_short_episodes_are_audited(length, count):
+    report = audit([square_episode(0, length=length)] * count)
+    assert report.episodes == count
+    assert "are needed to say anything" in said(report, "image delay") or count * (length - 2) >= 40
+
+
+@pytest.mark.render
+def test_short_pieces_of_clean_episodes_pass(tabletop):
+    def piece(episode: Episode, first: int, last: int) -> Episode:
+        rows = slice(first, last + 1)
+        kept = {key: getattr(episode, key)[rows] for key in ("eef_pose", "gripper")}
+        return replace(episode, images=episode.frames[rows], actions=episode.actions[first:last], labels={}, **kept)
+
+    pieces = [piece(episode, first, first + 4) for episode in tabletop for first in range(0, 24, 4)]
+    report = audit([piece(tabletop[0], 8, 15), *pieces])  # only one leaves steps to a delay of 5 or 6
+    assert report.exit_code == 0, format_audit(report)
+
+
+def test_one_and_two_arms_in_one_set_are_a_fault(tmp_path):
+    one = square_episode(0)
+    both = np.tile(one.actions, (1, 2))
+    two = replace(one, action_spec=ACTION_SPECS["agibot"], actions=both, eef_pose=None, gripper=None)
+    report = audit([one, two])
+    assert "2 action specs in one set; split it" in said(report, "action spec") and report.exit_code == 1
+    assert report.response == {} and report.delay is None and "FAULT" in format_audit(report)
+    write_audit_page(report, [one, two], tmp_path / "mixed.html", name="mixed")
+    assert "<h1>1 fault(s) in mixed</h1>" in (tmp_path / "mixed.html").read_text()
+
+
+def test_images_of_an_audited_episode_are_let_go(monkeypatch):
+    kept = []
+    monkeypatch.setattr(audit_module, "check_units", lambda read: kept.extend(read) or [])
+    audit([square_episode(i, labels={"mask": np.zeros((10, 16, 16))}) for i in range(3)])
+    for episode in kept:
+        held = episode.frames
+        while held.base is not None:
+            held = held.base
+        assert held.nbytes == 3 * len(episode.frames) and not episode.labels
+
+
+# Signals made by hand: commands, the image's motion, what the camera predicts
+
+
+def signals_of(seed: int = 0, *, fps: float = 5.0, lag: int = 0, length: int = 300, **changes: Any) -> Signals:
+    """The image moves as commanded, ``lag`` steps later; the camera predicts just that."""
+    rng = np.random.default_rng(seed)
+    commands = rng.normal(size=(length + lag, 1, 7))
+    motion = commands[:, 0, :2]
+    values = {
+        "name": str(seed),
+        "fps": fps,
+        "commands": commands[lag:],
+        "image_motion": motion[:length],
+        "same_image": np.zeros(length, bool),
+        "motion": None,
+        "predicted": motion[:length].copy(),
+    }
+    return Signals(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("fps", "lag", "level"),
+    [
+        (5.0, 1, "note"),
+        (5.0, 2, "warning"),
+        (5.0, 3, "fault"),
+        (2.0, 2, "warning"),
+        (10.0, 4, "warning"),
+        (10.0, 5, "fault"),
+        (30.0, 6, "note"),
+        (30.0, 12, "warning"),
+        (30.0, 20, "fault"),
+    ],
+)
+def test_the_image_delay_is_judged_in_seconds(fps, lag, level):
+    delay, followed, weights, (finding,) = check_images([signals_of(i, fps=fps, lag=lag) for i in range(3)])
+    assert (delay, finding.check, finding.level) == (lag, "image delay", level), finding.message
+    assert followed[lag] == pytest.approx(1) and np.allclose(weights[:2], np.eye(2))
+    assert f"by {lag} step(s), {lag / fps:.2g} s" in finding.message
+
+
+def test_the_camera_of_another_scene_is_a_fault():
+    rng = np.random.default_rng(1)
+    (finding,) = check_calibration([signals_of()])
+    assert finding.level == "note" and "1.00 (right) and 1.00 (down)" in finding.message
+    elsewhere = rng.normal(size=(300, 2))
+    (finding,) = check_calibration([signals_of(predicted=elsewhere)])
+    assert finding.level == "fault" and "the camera is of another scene" in finding.message
+    half = np.stack([signals_of().image_motion[:, 0], elsewhere[:, 1]], axis=1)
+    assert check_calibration([signals_of(predicted=half)])[0].level == "fault"
+    # An axis along which hardly anything moves says nothing.
+    for still in (0.0, 0.001, 0.2):
+        (finding,) = check_calibration([signals_of(predicted=half * [1, still])])
+        assert finding.level == "note", finding.message
+    # Images that come late, as they may, do not speak against the camera.
+    (finding,) = check_calibration([signals_of(predicted=np.roll(signals_of().image_motion, -2, axis=0))])
+    assert finding.level == "note" and "1.00 (right)" in finding.message
+
+
+def through(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> Episode:
+    assert episode.camera is not None
+    camera = episode.camera
+    return replace(episode, camera=Camera(camera.K, change(camera.E), camera.width, camera.height))
+
+
+@pytest.mark.render
+def test_a_hand_behind_the_camera_is_noticed(tabletop):
+    opengl = np.diag([1.0, -1.0, -1.0, 1.0])
+    report = audit([through(episode, lambda E: opengl @ E) for episode in tabletop])
+    assert faults(report) == {"camera"}
+    assert "behind the camera in 150 of 150 frames; expected none. E may be inverted" in said(report, "camera")
+    assert faults(audit([through(tabletop[0], lambda E: opengl @ E)])) == {"camera"}  # however few
+    poses = tabletop[0].eef_pose.copy()
+    poses[5, 0, 2, 3] = 3.0  # above a camera that looks down
+    once = [replace(tabletop[0], eef_pose=poses), *tabletop[1:]]
+    report = audit(once)
+    assert "camera" not in faults(report) and "in 1 of 150 frames" in said(report, "camera")
+    assert re.search(r"correlate by 0\.9\d \(right\) and 0\.9\d \(down\)", said(report, "camera"))
+    assert "camera" in faults(audit([upside_down(episode) for episode in once]))
+
+
+def test_arms_that_the_camera_sees_predict_the_motion():
+    pixels = np.array([[[0, 0], [1, 1]], [[2, 4], [np.nan, np.nan]], [[np.nan, np.nan]] * 2])
+    np.testing.assert_array_equal(projected_motion(pixels), [[2, 4], [np.nan, np.nan]])
 
 
 @pytest.mark.data

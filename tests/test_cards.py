@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,6 +252,12 @@ def test_episodes_are_fitted_when_they_are_decoded():
     fitted = fit_episode(episode, CARDS["bc_z"])
     assert not calls and fitted.camera.width == 320
     assert fitted.frames.shape == (3, 240, 320, 3)
+    corners = np.array([[0.0, 0.0], [239.0, 239.0], [np.nan, np.nan]])
+    for camera in (episode.camera, None):
+        labelled = replace(episode, camera=camera, labels={"block_px": corners, "height": np.arange(3.0)})
+        fitted = fit_episode(labelled, CARDS["bc_z"])  # 40 black columns to the left and to the right
+        np.testing.assert_allclose(fitted.labels["block_px"], corners + [40, 0])
+        np.testing.assert_array_equal(fitted.labels["height"], np.arange(3.0))
     with pytest.raises(ValueError, match="card 'own' states no resolution"):
         fit_episode(episode, DatasetCard("own"))
 

@@ -113,6 +113,20 @@ def test_variants_are_other_crops_with_their_calibration(
     np.testing.assert_array_equal(EpisodeFolder(again)[1].frames, first.frames)
 
 
+def test_a_set_with_variants_has_one_image_size(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--variants", "3", "--mirror")
+    assert not convert(monkeypatch, recorded, tmp_path / "to", *words)
+    assert not convert(monkeypatch, recorded, tmp_path / "stated", *words, "--image-size", "32", "64")
+    plain, stated = EpisodeFolder(tmp_path / "to"), EpisodeFolder(tmp_path / "stated")
+    assert len(plain) == 12
+    for episode, other in zip(plain, stated, strict=True):
+        assert episode.camera is not None and (episode.camera.height, episode.camera.width) == (32, 64)
+        np.testing.assert_array_equal(episode.frames, other.frames)
+    np.testing.assert_array_equal(plain[0].frames, EpisodeFolder(recorded)[0].frames)
+
+
 def test_half_of_the_variants_are_mirrored_or_reversed_where_asked(
     recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

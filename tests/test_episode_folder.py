@@ -11,7 +11,7 @@ import pytest
 from prophet_gym import rotations
 from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
-from prophet_gym.data import Episode, EpisodeFolder, read_episode, write_episode
+from prophet_gym.data import Episode, EpisodeFolder, open_dataset, read_episode, write_episode
 from prophet_gym.data.video import read_video, write_video
 
 
@@ -263,6 +263,35 @@ def test_contradictory_recordings_are_refused(tmp_path, changes, message):
     write_recording(tmp_path / "r", **changes)
     with pytest.raises(ValueError, match=message):
         read_episode(tmp_path / "r").frames  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("num_frames", "meta.json: KeyError 'num_frames'; expected numbers"),
+        ("fps", "meta.json: KeyError 'fps_native_control'; expected numbers as num_frames and as fps"),
+        ("action", r"data.npz holds \['eef_pose', 'joints'\], no 'action': restore the file"),
+        ("eef_pose", r"data.npz: 'eef_pose' is float64 \(5, 6\); expected numbers \(T, 7\)"),
+    ],
+)
+def test_damaged_recordings_are_named_and_skipped(tmp_path, lost, message):
+    write_recording(tmp_path / "a")
+    write_recording(tmp_path / "b")
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text(encoding="utf-8"))
+    meta.pop(lost, None)
+    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    with np.load(tmp_path / "a" / "data.npz") as data:
+        arrays = {key: data[key] for key in data.files if key != lost}
+    if lost == "eef_pose":
+        arrays[lost] = np.zeros((5, 6))
+    np.savez(tmp_path / "a" / "data.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        read_episode(tmp_path / "a")
+    sound = open_dataset(tmp_path, on_error="skip")
+    assert sound.names == ("b",) and [bad.name for bad in sound.skipped] == ["a"]
+    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta | {"num_frames": None}), encoding="utf-8")
+    with pytest.raises(ValueError, match="meta.json: TypeError"):
+        read_episode(tmp_path / "a")
 
 
 # Recorded robot data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,32 @@ def test_robomimic_files_are_upright_and_seen_before_the_command(tmp_path):
     assert (
         episode.instruction == "" and episode.success is None and episode.metadata["camera_name"] == "agentview_image"
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "held"),
+    [
+        (make_robomimic, "axis_angle", r"robot0_eef_quat, robot0_gripper_qpos hold rotations as quaternion_xyzw"),
+        (make_robomimic, "quaternion_wxyz", r"hold rotations as quaternion_xyzw"),
+        (make_libero, "quaternion_xyzw", r"ee_states, gripper_states hold rotations as axis_angle"),
+    ],
+)
+def test_rotations_of_another_kind_are_refused_with_the_layout_to_use(tmp_path, make, kind, held):
+    card = CARDS["libero"]
+    if kind != "axis_angle":
+        card = replace(card, state=(StateLayout(rotation=(3, 4, 5, 6), rotation_kind=kind, gripper=(7,), open=0.04),))
+    with pytest.raises(
+        ValueError, match=held + rf", but card 'libero' reads {kind}. Use dataclasses.replace"
+    ) as caught:
+        open_dataset(make(tmp_path / "a.hdf5"), card=card)[0]
+    shown = re.search(r"state=\((.*\)),\)\), the same", str(caught.value))
+    assert shown is not None
+    fitting = eval(shown[1], {"StateLayout": StateLayout})
+    episode = open_dataset(tmp_path / "a.hdf5", card=replace(card, state=(fitting,)))[0]
+    turn = rotations.axis_angle_to_matrix(numbers(0)["turn"])
+    np.testing.assert_allclose(episode.eef_pose[:, 0, :3, :3], turn, atol=1e-9)
+    np.testing.assert_allclose(episode.gripper[:, 0], numbers(0)["fingers"][:, 0] / 0.04)
+    assert open_dataset(tmp_path / "a.hdf5", card=replace(card, state=None))[0].eef_pose is None
 
 
 def test_folders_and_cameras(tmp_path):

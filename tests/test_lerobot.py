@@ -13,145 +13,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot_sets import (
+    LENGTHS,
+    SIDE,
+    TASKS,
+    TOP,
+    frames_of,
+    info_of,
+    lines,
+    make,
+    make_v2,
+    make_v3,
+    rows_of,
+    save,
+    save_video,
+)
+from squares import square_episode
 
 from prophet_gym import rotations
+from prophet_gym.action_frames import Camera
 from prophet_gym.actions import ACTION_SPECS, integrate_poses
 from prophet_gym.data import CARDS, DatasetCard, StateLayout, open_dataset, write_lerobot
 from prophet_gym.data.lerobot import LeRobotEpisodes
-from prophet_gym.data.video import write_video
 from prophet_gym.errors import MissingExtraError
-
-FPS = 5
-TASKS = ["put the carrot on the plate", "stack the cubes"]
-LENGTHS = (4, 6, 3)
-TOP, SIDE = "observation.images.top", "observation.images.side"
-
-
-def frames_of(episode: int, length: int, camera: str = TOP) -> np.ndarray:
-    """Random images, different for every episode, time and camera."""
-    return np.random.default_rng((episode, camera == SIDE)).integers(0, 256, (length, 16, 24, 3), dtype=np.uint8)
-
-
-def rows_of(episode: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Actions and states (length, 7) in Bridge conventions."""
-    rng = np.random.default_rng((7, episode))
-    ends = rng.uniform(-0.05, 0.05, (2, length, 7))
-    ends[:, :, 6] = rng.uniform(0, 1, (2, length))
-    return ends[0].astype(np.float32), ends[1].astype(np.float32)
-
-
-def table_of(episode: int, length: int, first: int) -> pa.Table:
-    actions, states = rows_of(episode, length)
-
-    def vector(rows: np.ndarray) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-
-    return pa.table(
-        {
-            "observation.state": vector(states),
-            "action": vector(actions),
-            "timestamp": pa.array((np.arange(length) / FPS).astype(np.float32)),
-            "frame_index": pa.array(np.arange(length)),
-            "episode_index": pa.array(np.full(length, episode)),
-            "index": pa.array(np.arange(first, first + length)),
-            "task_index": pa.array(np.full(length, episode % 2)),
-        }
-    )
-
-
-def info_of(version: str, dtype: str = "video") -> dict:
-    def view() -> dict:
-        return {"dtype": dtype, "shape": [16, 24, 3], "names": ["height", "width", "channels"]}
-
-    features = {
-        "observation.state": {"dtype": "float32", "shape": [7], "names": None},
-        "action": {"dtype": "float32", "shape": [7], "names": None},
-        TOP: view(),
-        **({SIDE: view()} if dtype == "video" else {}),
-        **{key: {"dtype": "int64", "shape": [1], "names": None} for key in ("frame_index", "episode_index", "index")},
-        "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-        "task_index": {"dtype": "int64", "shape": [1], "names": None},
-    }
-    joined = version == "v3.0"
-    file = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-    single = "chunk-{episode_chunk:03d}/"
-    return {
-        "codebase_version": version,
-        "robot_type": "widowx",
-        "total_episodes": len(LENGTHS),
-        "total_frames": sum(LENGTHS),
-        "total_tasks": len(TASKS),
-        "chunks_size": 1000 if joined else 2,
-        "fps": FPS,
-        "splits": {"train": f"0:{len(LENGTHS)}"},
-        "data_path": f"data/{file}.parquet" if joined else f"data/{single}episode_{{episode_index:06d}}.parquet",
-        "video_path": f"videos/{{video_key}}/{file}.mp4"
-        if joined
-        else f"videos/{single}{{video_key}}/episode_{{episode_index:06d}}.mp4",
-        "features": features,
-    }
-
-
-def save(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-
-
-def save_video(path: Path, frames: np.ndarray, fps: float = FPS) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, frames, fps)
-
-
-def lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_v2(root: Path, version: str = "v2.1", lengths: tuple[int, ...] = LENGTHS) -> Path:
-    """One file an episode, two episodes a chunk, as v2.1 lays them out."""
-    (root / "meta").mkdir(parents=True)
-    (root / "meta" / "info.json").write_text(json.dumps(info_of(version)))
-    lines(root / "meta" / "tasks.jsonl", [{"task_index": i, "task": task} for i, task in enumerate(TASKS)])
-    listed = [{"episode_index": i, "tasks": [TASKS[i % 2]], "length": n} for i, n in enumerate(lengths)]
-    lines(root / "meta" / "episodes.jsonl", listed)
-    for i, length in enumerate(lengths):
-        chunk = f"chunk-{i // 2:03d}"
-        save(root / "data" / chunk / f"episode_{i:06d}.parquet", table_of(i, length, sum(lengths[:i])))
-        for camera in (TOP, SIDE):
-            path = root / "videos" / chunk / camera / f"episode_{i:06d}.mp4"
-            save_video(path, frames_of(i, length, camera))
-    return root
-
-
-def make_v3(root: Path, lengths: tuple[int, ...] = LENGTHS) -> Path:
-    """Episodes 0 and 1 share a data file and a video, the rest share the second ones, as v3.0 lays them out."""
-    (root / "meta").mkdir(parents=True)
-    (root / "meta" / "info.json").write_text(json.dumps(info_of("v3.0")))
-    index = pa.table({"task_index": pa.array([0, 1]), "__index_level_0__": pa.array(TASKS)})
-    save(root / "meta" / "tasks.parquet", index)
-    files = [(0, 1), tuple(range(2, len(lengths)))]
-    listed = []
-    for number, members in enumerate(files):
-        tables = [table_of(i, lengths[i], sum(lengths[:i])) for i in members]
-        save(root / "data" / "chunk-000" / f"file-{number:03d}.parquet", pa.concat_tables(tables))
-        for camera in (TOP, SIDE):
-            frames = np.concatenate([frames_of(i, lengths[i], camera) for i in members])
-            save_video(root / "videos" / camera / "chunk-000" / f"file-{number:03d}.mp4", frames)
-        start = 0
-        for i in members:
-            row = {"episode_index": i, "tasks": [TASKS[i % 2]], "length": lengths[i]}
-            row |= {"data/chunk_index": 0, "data/file_index": number}
-            for camera in (TOP, SIDE):
-                times = {"from_timestamp": start / FPS, "to_timestamp": (start + lengths[i]) / FPS}
-                place = {"chunk_index": 0, "file_index": number, **times}
-                row |= {f"videos/{camera}/{key}": value for key, value in place.items()}
-            listed.append(row | {"stats/action/mean": [0.0] * 7})
-            start += lengths[i]
-    save(root / "meta" / "episodes" / "chunk-000" / "file-000.parquet", pa.Table.from_pylist(listed))
-    return root
-
-
-def make(root: Path, version: str) -> Path:
-    return make_v3(root) if version == "v3.0" else make_v2(root, version)
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
@@ -196,6 +80,67 @@ def test_images_inside_parquet(tmp_path):
     cells = pa.array([{"bytes": picture, "path": None} for picture in pictures])
     pq.write_table(pq.read_table(path).append_column(TOP, cells), path)
     np.testing.assert_array_equal(open_dataset(root, card="bridge")[1].frames, frames_of(1, 6))
+
+
+def test_images_beside_parquet_that_are_missing_are_named(tmp_path):
+    root = make_v2(tmp_path / "set")
+    (root / "meta" / "info.json").write_text(json.dumps(info_of("v2.1", "image")))
+    for i, length in enumerate(LENGTHS):
+        cells = [{"bytes": None, "path": f"images/{i}_{t}.png"} for t in range(length)]
+        for cell, frame in zip(cells, frames_of(i, length), strict=True):
+            (root / "images").mkdir(exist_ok=True)
+            cv2.imwrite(str(root / cell["path"]), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        path = root / "data" / f"chunk-{i // 2:03d}" / f"episode_{i:06d}.parquet"
+        if i == 2:
+            cells[1] = {"bytes": None, "path": None}
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        pq.write_table(pq.read_table(path).append_column(TOP, pa.array(cells, kind)), path)
+    (root / "images" / "1_3.png").unlink()
+    episodes = open_dataset(root, card="bridge")
+    np.testing.assert_array_equal(episodes[0].frames, frames_of(0, LENGTHS[0]))
+    with pytest.raises(
+        ValueError, match="episode 'episode_000001', row 3: the image cannot be read .*1_3.png.*restore"
+    ):
+        episodes[1].frames  # noqa: B018
+    with pytest.raises(ValueError, match="episode 'episode_000002', row 1: the image is empty; restore"):
+        episodes[2].frames  # noqa: B018
+    assert open_dataset(root, card="bridge", on_error="skip").names == ("episode_000000",)
+
+
+def test_damaged_lists_of_episodes_and_tasks_are_named(tmp_path):
+    root = make_v3(tmp_path / "joined")
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    rows, key = pq.read_table(path).to_pylist(), f"videos/{TOP}/from_timestamp"
+    rows[1][key] = None
+    save(path, pa.Table.from_pylist(rows))
+    with pytest.raises(ValueError, match=f"'episode_000001': meta/episodes has {key} None; expected seconds: restore"):
+        open_dataset(root, card="bridge")[1].frames  # noqa: B018
+    save(path, pq.read_table(path).drop_columns([key]))
+    with pytest.raises(ValueError, match="none of 3 episodes can be read. The first: .*from_timestamp None"):
+        open_dataset(root, card="bridge", on_error="skip")
+    root = make_v2(tmp_path / "single")
+    lines(root / "meta" / "tasks.jsonl", [{"task_index": 0}])
+    with pytest.raises(ValueError, match=r"tasks.jsonl: a line lacks task_index or task \('task'\); restore it"):
+        open_dataset(root, card="bridge")
+
+
+def test_rows_of_different_widths_are_named(tmp_path):
+    root = make_v2(tmp_path / "set")
+    path = root / "data" / "chunk-000" / "episode_000000.parquet"
+    table = pq.read_table(path)
+    ragged = pa.array([[0.0] * 7, None, [0.0] * 6, [0.0] * 7])
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", ragged), path)
+    with pytest.raises(ValueError, match="'episode_000000': 'action' holds no rows of as many numbers each"):
+        open_dataset(root, card="bridge")[0]
+
+
+def test_a_camera_that_is_not_listed_is_named(tmp_path):
+    write_lerobot(tmp_path / "set", [square_episode(0, camera=Camera(np.diag([20.0, 20.0, 1.0]), np.eye(4), 16, 16))])
+    path = tmp_path / "set" / "meta" / "prophet_gym.json"
+    assert open_dataset(tmp_path / "set")[0].camera is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cameras": []}))
+    with pytest.raises(ValueError, match="prophet_gym.json lists 0 cameras, and not number 0; restore it"):
+        open_dataset(tmp_path / "set")[0]
 
 
 def test_actions_can_come_from_measured_poses(tmp_path):

@@ -14,6 +14,7 @@ pytest.importorskip("lerobot")
 from prophet_gym import MissingCheckpointError  # noqa: E402
 from prophet_gym.compat.lerobot import make_env as make_worlds  # noqa: E402
 from prophet_gym.lerobot_env.config import ProphetEnvConfig  # noqa: E402
+from prophet_gym.registration import ASSETS  # noqa: E402
 
 HUB_FILE = Path(__file__).parents[1] / "examples" / "lerobot_hub" / "env.py"
 
@@ -33,6 +34,13 @@ def test_the_plugin_registers_and_its_features_are_the_worlds(tiny_checkpoint: P
     shapes = {key: tuple(feature.shape) for key, feature in features.items()}
     assert shapes == {"action": (7,), "observation.state": (8,), "observation.image": (3, 48, 48)}
     assert ProphetEnvConfig(task="Tabletop-v0").features["pixels"].shape == (64, 64, 3)
+    for world in ("Prophet-Tabletop-v0", "Prophet-Bridge-v0", "Prophet-Droid-v0"):  # the last two show enlarged frames
+        env = make_worlds(1, env_id=world, judge=lambda frames, instruction: True)[world][0]
+        shown = env.single_observation_space["pixels"].shape
+        env.close()
+        assert ProphetEnvConfig(task=world).features["pixels"].shape == shown
+    droid = ASSETS / "droid"
+    assert ProphetEnvConfig(task="Prophet-Droid-v0", checkpoint=str(droid)).features["pixels"].shape == (64, 64, 3)
     with pytest.raises(ValueError, match="Tabletop-v0 has neither"):
         config(tiny_checkpoint, task="Tabletop-v0")
     with pytest.raises(ValueError, match="Did you mean 'Prophet-Tabletop-v0'"):

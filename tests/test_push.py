@@ -61,6 +61,10 @@ def handler(hub: Hub, address: list[str]) -> type[BaseHTTPRequestHandler]:
             name = "/".join(self.path.split("/")[3:5])
             if name not in hub.private:
                 return self.reply({"error": "Repository not found"}, 404)
+            if "/tree/" in self.path:
+                files = [{"type": "file", "path": path, "size": len(held), "oid": "0" * 40}
+                         for path, held in hub.files.items()]  # fmt: skip
+                return self.reply(files)
             self.reply(
                 {"id": name, "private": hub.private[name], "sha": "0" * 40, "siblings": [], "tags": [], "downloads": 0}
             )
@@ -88,6 +92,8 @@ def handler(hub: Hub, address: list[str]) -> type[BaseHTTPRequestHandler]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        del hub.files[line["value"]["path"]]
                 commit = {"commitUrl": f"{address[0]}/me/robot/commit/1", "commitOid": "1" * 40, "success": True}
                 return self.reply(commit)
             self.reply({"errors": [], "warnings": []})
@@ -140,6 +146,18 @@ def test_the_folder_arrives_whole_private_and_alone(
     (checkpoint / "README.md").write_text("# robot, second\n")
     push(checkpoint, "me/robot")
     assert hub.files["README.md"] == b"# robot, second\n"
+
+
+def test_what_an_earlier_push_left_goes(hub: Hub, checkpoint: Path) -> None:
+    (checkpoint / "judge").mkdir()
+    (checkpoint / "judge" / "judge.json").write_text("{}")
+    (checkpoint / "weights-00001-of-00002.txt").write_text("a shard")
+    push(checkpoint, "me/robot")
+    hub.files[".gitattributes"] = b"the hub's own"
+    shutil.rmtree(checkpoint / "judge")
+    (checkpoint / "weights-00001-of-00002.txt").unlink()
+    push(checkpoint, "me/robot")
+    assert hub.files == {**held(checkpoint), ".gitattributes": b"the hub's own"}
 
 
 def test_public_is_public_only_when_asked(hub: Hub, checkpoint: Path) -> None:

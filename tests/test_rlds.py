@@ -272,6 +272,19 @@ def test_truncated_shards_keep_their_first_episodes(tmp_path):
         open_dataset(folder, card="bridge")[0]
 
 
+def test_a_shard_that_shrinks_or_goes_after_the_first_look_is_named(tmp_path):
+    folder = make_rlds(tmp_path)
+    episodes = open_dataset(folder, card="bridge")
+    shard = sorted(folder.glob("*tfrecord*"))[0]
+    assert len(episodes[0]) == LENGTH - 1
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"episode 'train_000001': .*byte \d+: the record cannot be read .*restore"):
+        episodes[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match="episode 'train_000001': .*the record cannot be read .*No such file"):
+        episodes[1]
+
+
 def test_damaged_numbers_and_images_are_named(tmp_path):
     folder = make_rlds(tmp_path, (1,))
     shard = next(folder.glob("*tfrecord*"))

@@ -243,27 +243,6 @@ def test_a_snapshot_starts_its_own_task_in_environments_of_any_task(installed: s
     assert other.reset(options={"snapshot": every.snapshot()})[1]["task"] == "widowx_stack_cube"
 
 
-def test_an_environment_with_another_robot_is_refused_every_time() -> None:
-    class Twin:
-        """Two arms, as far as they are looked at."""
-
-        control_freq, closed = 20, False
-        robots = [SimpleNamespace(controller=SimpleNamespace(name="OSC_POSE"), gripper=None)] * 2
-        context = SimpleNamespace(gl_ctx=SimpleNamespace(make_current=lambda: None))
-        sim = SimpleNamespace(model=SimpleNamespace(camera_names=["agentview"]), _render_context_offscreen=context)
-
-        def close(self) -> None:
-            self.closed = True
-
-    made: list[Twin] = []
-    task = robosuite.RobosuiteTask("lift", "lift", lambda: made.append(Twin()) or made[-1])
-    sim = robosuite.RobosuiteSim([task], name="x")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="another robot needs an ActionSpec"):
-            sim.reset(seed=0)
-    assert [twin.closed for twin in made] == [True, True]
-
-
 def test_the_suite_for_our_contract_passes(installed: str) -> None:
     env_id = {"simpler": "SimplerBridge-v0", "maniskill": "ManiSkillBridge-v0"}[installed]
     prophet_gym.check_world_env(gym.make(env_id, image_size=16, chunk_length=2, horizon=3))
@@ -389,6 +368,14 @@ def test_wandering_is_recorded_in_any_simulator(installed: str, tmp_path: Path) 
     moved = episode.eef_pose[1:, 0, :3, 3] - episode.eef_pose[:-1, 0, :3, 3]
     np.testing.assert_allclose(moved, episode.canonical_actions[:, 0, :3], atol=1e-5)
     assert episode.camera is not None and episode.camera.width == 32 and episode.snapshot().simulator_state is not None
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = {**options, "task": "widowx_stack_cube"}
+    for seed in (7, 70):  # where all is there, and where none is
+        with pytest.raises(ValueError, match="holds episodes of task 'widowx_carrot_on_plate'.*'widowx_stack_cube'"):
+            record_wandering(tmp_path, 2, seed=seed, workers=0, steps=5, **other)
+        with pytest.raises(ValueError, match=r"holds images of 32x32 pixels \(episode_000000007\), expected 48x48"):
+            record_wandering(tmp_path, 2, seed=seed, workers=0, steps=5, **{**options, "image_size": 48})
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     meta = tmp_path / episode.name / "meta.json"
     meta.write_text(meta.read_text().replace(env_id, "Other-v0"))
     (tmp_path / EpisodeFolder(tmp_path)[1].name).rename(tmp_path / ".aside")

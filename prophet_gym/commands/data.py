@@ -52,7 +52,8 @@ def convert(
         episodes: which, by number from 0; all by default.
         leave_out: which not, by number from 0.
         prefix: put before the names of episodes.
-        variants: further copies of each episode, each seen through a random crop and in another light.
+        variants: further copies of each episode, each seen through a random crop, stretched to the episode's size or
+            `image_size`, and in another light.
         mirror: mirror half of the variants, left and right exchanged in images, camera, poses and commands.
         reverse: play half of the variants backwards; for recordings whose images follow the commands at once.
         seed: of these variants.
@@ -72,6 +73,7 @@ def convert(
     def converted() -> Iterator[Episode]:
         for i in tqdm(chosen, unit="episode", mininterval=1.0):
             for k in range(1 + variants):
+                size = image_size
                 name = f"{prefix}{source.names[i]}"
                 if format == "folder":  # a folder in a folder would not be found
                     name = name.replace("/", "_")
@@ -85,9 +87,10 @@ def convert(
                         episode = mirrored(episode)
                     if reverse and rng.random() < 0.5:
                         episode = reversed_in_time(episode)
+                    size = size or episode.frames.shape[1:3]  # crops differ in size, and a set has one
                     episode = augmented(episode, rng)
                     episode = replace(episode, metadata={**episode.metadata, VARIANT_OF: name})
-                yield episode if image_size is None else stretched(episode, image_size)
+                yield episode if size is None else stretched(episode, size)
 
     if format == "lerobot":
         write_lerobot(out, converted())

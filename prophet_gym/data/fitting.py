@@ -47,7 +47,7 @@ def fit_points(points: np.ndarray, old: tuple[int, int], resolution: tuple[int, 
 
 
 def fit_episode(episode: Episode, card: DatasetCard) -> Episode:
-    """Return the episode with images, and camera if it has one, at the card's resolution; decoded at first use.
+    """Return the episode with images, calibration and labels in pixels at the card's resolution; kept undecoded.
 
     Raises:
         ValueError: If the card states no resolution, or not how the images come to it.
@@ -55,25 +55,32 @@ def fit_episode(episode: Episode, card: DatasetCard) -> Episode:
     size, fit = card.resolution, card.fit
     if size is None:
         raise ValueError(f"card {card.name!r} states no resolution; use dataclasses.replace(card, resolution=(H, W))")
-    camera = None if episode.camera is None else fit_camera(episode.camera, size, fit)
-    return replace(episode, images=lambda: fit_frames(episode.frames, size, fit), camera=camera)
+    return _fitted(episode, size, fit)
 
 
 def stretched(episode: Episode, image_size: tuple[int, int]) -> Episode:
     """Return the episode with images, calibration and labels in pixels stretched to (height, width); kept undecoded."""
-    old = replace(episode).frames.shape[1:3]  # of a copy: its frames are freed
-    if old == tuple(image_size):
-        return episode
-    labels = {
-        key: fit_points(value, old, image_size, "stretch") if key.endswith("_px") else value
-        for key, value in episode.labels.items()
-    }
-    camera = None if episode.camera is None else fit_camera(episode.camera, image_size, "stretch")
+    return episode if _size(episode) == tuple(image_size) else _fitted(episode, image_size, "stretch")
+
+
+def _fitted(episode: Episode, resolution: tuple[int, int], fit: Fit | None) -> Episode:
+    labels = dict(episode.labels)
+    for key in [key for key in labels if key.endswith("_px")]:
+        labels[key] = fit_points(labels[key], _size(episode), resolution, fit)
+    camera = None if episode.camera is None else fit_camera(episode.camera, resolution, fit)
 
     def images() -> np.ndarray:
-        return fit_frames(replace(episode).frames, image_size, "stretch")
+        return fit_frames(replace(episode).frames, resolution, fit)
 
     return replace(episode, images=images, camera=camera, labels=labels)
+
+
+def _size(episode: Episode) -> tuple[int, int]:
+    """Height and width of the images: the calibration's, else those of a copy, whose frames are freed."""
+    if episode.camera is not None:
+        return episode.camera.height, episode.camera.width
+    height, width = replace(episode).frames.shape[1:3]
+    return height, width
 
 
 def _scaled_width(old_height: int, old_width: int, resolution: tuple[int, int], fit: Fit | None) -> int:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 
 from prophet_gym.data.cards import DatasetCard, get_card
-from prophet_gym.data.columns import Rows, assemble
+from prophet_gym.data.columns import Rows, StateLayout, assemble
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.sequence import EpisodeSequence, need_extra
 from prophet_gym.errors import nearest
 
-_STATE_KEYS = (
-    ("ee_states", "gripper_states"),  # LIBERO: position and rotation vector, fingers
-    ("ee_pos", "ee_ori", "gripper_states"),
-    ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),  # robomimic: the rotation is a quaternion
+_LIBERO = StateLayout(rotation_kind="axis_angle", gripper=(6, 7), closed=0.0, open=0.04)
+_ROBOMIMIC = StateLayout(rotation=(3, 4, 5, 6), rotation_kind="quaternion_xyzw", gripper=(7, 8), closed=0.0, open=0.04)
+_STATES = (  # names of the columns, and what a Panda's say
+    (("ee_states", "gripper_states"), _LIBERO),
+    (("ee_pos", "ee_ori", "gripper_states"), _LIBERO),
+    (("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"), _ROBOMIMIC),
 )
 SUFFIXES = (".hdf5", ".h5")
 
@@ -47,8 +49,8 @@ class HDF5Episodes(EpisodeSequence):
 
         Args:
             path: A file, or a folder of them.
-            card: Name of a card or a card. LIBERO's fits robomimic data of the same controller; its state layout is for
-                LIBERO's rotation vectors.
+            card: Name of a card or a card. LIBERO's fits robomimic data of the same controller, but for the state
+                layout: LIBERO's is of rotation vectors, robomimic stores quaternions.
             camera: Name of the images under ``obs``.
 
         Raises:
@@ -70,7 +72,7 @@ class HDF5Episodes(EpisodeSequence):
         """Read the commands and states of one demonstration; its images are read at the first use.
 
         Raises:
-            ValueError: If it is damaged, lacks what the card names, or has another rate than the card.
+            ValueError: If it is damaged, lacks what the card names, or its rate or rotations are not the card's.
         """
         (path, demo), name = self._demos[index], self.names[index]
         where = f"{path}, episode {demo!r}"
@@ -112,8 +114,22 @@ class HDF5Episodes(EpisodeSequence):
     def _states(self, obs: Any, where: str) -> np.ndarray | None:
         if self.card.state is None:
             return None
-        keys = self.card.state_keys or next((names for names in _STATE_KEYS if all(n in obs for n in names)), ())
-        return _join(obs, keys, where) if keys else None
+        if self.card.state_keys:
+            return _join(obs, self.card.state_keys, where)
+        there = [(keys, layout) for keys, layout in _STATES if all(key in obs for key in keys)]
+        wanted = {layout.rotation_kind for layout in self.card.state}
+        for keys, layout in there:
+            if wanted == {layout.rotation_kind}:
+                return _join(obs, keys, where)
+        if there:
+            keys, layout = there[0]
+            raise ValueError(
+                f"{where}: {', '.join(keys)} hold rotations as {layout.rotation_kind}, but card "
+                f"{self.card.name!r} reads {', '.join(sorted(wanted))}. Use "
+                f"dataclasses.replace(card, state=({layout},)), the same as [[state]] of a card in TOML, or state=None "
+                "for episodes without poses"
+            )
+        return None
 
     def _rate(self, attrs: Any, path: Path) -> float:
         stated = self.card.control_hz

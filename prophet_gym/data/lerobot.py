@@ -102,8 +102,8 @@ class LeRobotEpisodes(EpisodeSequence):
                 where=where,
                 name=name,
                 images=partial(self._images, row, times, where),
-                actions=_join(table, action_keys),
-                states=_join(table, state_keys),
+                actions=_join(table, action_keys, where),
+                states=_join(table, state_keys, where),
                 instruction=self._instruction(row, table, where),
                 fps=float(self.info["fps"]),
                 success=extra.get("success"),
@@ -111,8 +111,14 @@ class LeRobotEpisodes(EpisodeSequence):
             ),
             self.card,
         )
-        camera = extra.get("camera")
-        return episode if camera is None else replace(episode, camera=Camera.from_dict(self._own["cameras"][camera]))
+        camera, known = extra.get("camera"), self._own.get("cameras", [])
+        if camera is None:
+            return episode
+        if camera not in range(len(known)):
+            raise ValueError(
+                f"{where}: {self.root / OWN_FILE} lists {len(known)} cameras, and not number {camera!r}; restore it"
+            )
+        return replace(episode, camera=Camera.from_dict(known[camera]))
 
     def __repr__(self) -> str:
         """Say where, which camera, and how many."""
@@ -182,7 +188,11 @@ class LeRobotEpisodes(EpisodeSequence):
 
     def _read_tasks(self) -> dict[int, str]:
         if not self._joined:
-            return {row["task_index"]: row["task"] for row in _read_lines(self.root / "meta" / "tasks.jsonl")}
+            path = self.root / "meta" / "tasks.jsonl"
+            try:
+                return {row["task_index"]: row["task"] for row in _read_lines(path)}
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path}: a line lacks task_index or task ({error}); restore it") from error
         path = self.root / "meta" / "tasks.parquet"
         table = _read_table(path, None, None, str(path))
         words = [name for name in table.column_names if name != "task_index"]  # the index of a pandas table
@@ -239,7 +249,11 @@ class LeRobotEpisodes(EpisodeSequence):
         if not template:
             raise ValueError(f"{self.root / 'meta' / 'info.json'} lacks video_path; restore the file")
         if self._joined:
-            start = row[f"videos/{self.camera}/from_timestamp"]
+            key = f"videos/{self.camera}/from_timestamp"
+            seconds = row.get(key)
+            if not isinstance(seconds, int | float):
+                raise ValueError(f"{where}: meta/episodes has {key} {seconds!r}; expected seconds: restore it")
+            start = float(seconds)
         path = self.root / template.format(video_key=self.camera, **self._place(row, f"videos/{self.camera}"))
         if not path.is_file():
             raise ValueError(f"{where}: the video {path} is missing; restore it or choose another camera")
@@ -249,17 +263,30 @@ class LeRobotEpisodes(EpisodeSequence):
             raise ValueError(f"{where}: {error}") from error
 
 
-def _join(table: Any, keys: tuple[str, ...]) -> np.ndarray | None:
+def _join(table: Any, keys: tuple[str, ...], where: str) -> np.ndarray | None:
     """Columns of numbers or of lists of numbers, side by side: (T, D)."""
     if not keys:
         return None
-    parts = [np.asarray(table[key].to_pylist(), np.float64) for key in keys]
+    parts = []
+    for key in keys:
+        try:
+            parts.append(np.asarray(table[key].to_pylist(), np.float64))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: {key!r} holds no rows of as many numbers each ({error}); restore the file or leave the "
+                "episode out"
+            ) from error
     return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-def _decode(cell: dict[str, Any], root: Path, where: str) -> np.ndarray:
+def _decode(cell: Any, root: Path, where: str) -> np.ndarray:
     """Decode an image cell: ``{"bytes": ..., "path": ...}``, as the datasets library stores them."""
-    data = cell.get("bytes") or (root / cell["path"]).read_bytes()
+    if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
+        raise ValueError(f"{where}: the image is empty; restore the file or leave the episode out")
+    try:
+        data = cell.get("bytes") or (root / cell["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{where}: the image cannot be read ({error}); restore it or leave the episode out") from error
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError(f"{where}: the image cannot be decoded; restore the file or leave the episode out")

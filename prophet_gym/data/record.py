@@ -178,7 +178,7 @@ def record_set(
         Number of episodes recorded now.
 
     Raises:
-        ValueError: Counts are out of range, or the folder holds episodes of another simulator.
+        ValueError: Counts are out of range, or the folder holds episodes of another simulator, image size or task.
     """
     if episodes < 1 or workers < 0 or seed < 0:
         raise ValueError(
@@ -187,6 +187,7 @@ def record_set(
         )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    _require_one_set(folder, simulator)
     missing = [s for s in range(seed, seed + episodes) if not (folder / episode_name(s) / "meta.json").exists()]
     batches = [missing[start : start + _BATCH] for start in range(0, len(missing), _BATCH)]
     quiet = None if progress else True  # None: quiet unless there is a terminal
@@ -294,7 +295,8 @@ def record_wandering(
 
     Raises:
         MissingExtraError: The simulator's project is not installed, or lacks assets.
-        ValueError: Counts are out of range, or an unknown simulator or option.
+        ValueError: Counts are out of range, an unknown simulator or option, or the folder holds episodes of another
+            simulator, image size or task.
     """
     if steps < 1:
         raise ValueError(f"record_wandering() got steps={steps}; expected at least 1.")
@@ -330,13 +332,36 @@ def _require_one_look(folder: Path, look: str) -> None:
         )
 
 
-def _require_same_simulator(folder: Path, name: str) -> None:
-    there = next(folder.glob("episode_*/meta.json"), None)
-    found = name if there is None else json.loads(there.read_text())["metadata"].get("sim", name)
-    if found != name:
-        raise ValueError(
-            f"{folder} holds episodes of {found}, expected {name}; give each simulator a folder of its own"
-        )
+def _require_one_set(folder: Path, simulator: Callable[[], Simulator]) -> None:
+    """Episodes that are there are what the simulator makes: its name, its image size, the task that a seed draws."""
+    metas = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("episode_*/meta.json"))}
+    if not metas:
+        return
+    sim = simulator()
+    try:
+        for name, meta in metas.items():
+            found = meta["metadata"].get("sim", sim.name)
+            if found != sim.name:
+                raise ValueError(
+                    f"{folder} holds episodes of {found}, expected {sim.name}; give each simulator a folder of its own"
+                )
+            size = (meta.get("height", sim.image_size[0]), meta.get("width", sim.image_size[1]))
+            if size != tuple(sim.image_size):
+                raise ValueError(
+                    f"{folder} holds images of {size[0]}x{size[1]} pixels ({name}), expected {sim.image_size[0]}x"
+                    f"{sim.image_size[1]}; give each size a folder of its own"
+                )
+        seeded = [(name, meta["metadata"]) for name, meta in metas.items() if {"seed", "task"} <= set(meta["metadata"])]
+        if seeded:  # one is enough: setting a scene takes some simulators seconds
+            name, about = seeded[0]
+            sim.reset(seed=about["seed"])
+            if sim.task != about["task"]:
+                raise ValueError(
+                    f"{folder} holds episodes of task {about['task']!r} ({name}), expected {sim.task!r}, which this "
+                    "recording plays with that seed; give each task, or choice of tasks, a folder of its own"
+                )
+    finally:
+        sim.close()
 
 
 _worker_sims: dict[str, Simulator] = {}  # one simulator and one OpenGL context per process
@@ -351,7 +376,6 @@ def _record_batch(
             other.close()
         _worker_sims.clear()
         _worker_sims[wanted] = simulator()
-    _require_same_simulator(folder, _worker_sims[wanted].name)
     for seed in seeds:
         episode = make(_worker_sims[wanted], seed)
         write_episode(folder / episode.name, episode)

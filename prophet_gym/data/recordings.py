@@ -43,7 +43,8 @@ def read_recording(
     Arrays with one row per image become labels. Measured open ratios are clipped to [0, 1] (calibration error).
 
     Raises:
-        ValueError: If the set is unknown, the camera does not exist, or the numbers of rows contradict each other.
+        ValueError: If the set is unknown, the camera does not exist, a number or array is missing or of another kind,
+            or the numbers of rows contradict each other.
     """
     name = next((key for key in _SOURCES if str(meta.get("dataset", "")).startswith(key)), None)
     if name is None:
@@ -52,14 +53,13 @@ def read_recording(
             f"with {' or '.join(_SOURCES)}, or an episode written by prophet_gym.data.write_episode"
         )
     source = _SOURCES[name]
-    length = int(meta["num_frames"])
-    actions = arrays["action"]
+    length, fps = _clock(folder, meta)
+    actions = _rows(folder, arrays, "action")
     if len(actions) != length:
         raise ValueError(f"{folder}: {len(actions)} actions for num_frames={length}; expected as many, the last unused")
-    fps = float(meta.get("fps") or meta["fps_native_control"])
     pose = gripper = None
     if "eef_pose" in arrays:
-        state = np.asarray(arrays["eef_pose"], np.float64)
+        state = _rows(folder, arrays, "eef_pose")
         pose = np.zeros((len(state), 1, 4, 4))
         pose[:, 0, :3, :3] = rotations.euler_to_matrix(state[:, 3:6])
         pose[:, 0, :3, 3] = state[:, :3]
@@ -90,6 +90,32 @@ def read_recording(
         name=folder.name,
         metadata={key: meta[key] for key in _METADATA if key in meta} | {"camera_name": view},
     )
+
+
+def _clock(folder: Path, meta: Mapping[str, Any]) -> tuple[int, float]:
+    """Number of images, and images per second."""
+    try:
+        return int(meta["num_frames"]), float(meta.get("fps") or meta["fps_native_control"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'meta.json'}: {type(error).__name__} {error}; expected numbers as num_frames and as fps or "
+            "fps_native_control: restore the file or leave the episode out"
+        ) from error
+
+
+def _rows(folder: Path, arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    """An array (T, 7) of numbers."""
+    if key not in arrays:
+        raise ValueError(
+            f"{folder / 'data.npz'} holds {sorted(arrays)}, no {key!r}: restore the file or leave the episode out"
+        )
+    rows = arrays[key]
+    if rows.ndim != 2 or rows.shape[1] != 7 or rows.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{folder / 'data.npz'}: {key!r} is {rows.dtype} {rows.shape}; expected numbers (T, 7): restore the file "
+            "or leave the episode out"
+        )
+    return rows if key == "action" else rows.astype(np.float64)
 
 
 def _views(folder: Path) -> dict[str, list[Path]]:

@@ -72,12 +72,17 @@ def read_record(path: Path, record: Record) -> bytes:
     """Read one record and check it.
 
     Raises:
-        ValueError: If its checksum is wrong.
+        ValueError: If its checksum is wrong, or the file is gone or shorter than it was.
     """
-    with path.open("rb") as file:
-        file.seek(record.offset)
-        data = file.read(record.length)
-        (crc,) = _TAIL.unpack(file.read(_TAIL.size))
+    try:
+        with path.open("rb") as file:
+            file.seek(record.offset)
+            data = file.read(record.length)
+            (crc,) = _TAIL.unpack(file.read(_TAIL.size))
+    except (OSError, struct.error) as error:
+        raise ValueError(
+            f"{path}, byte {record.offset}: the record cannot be read ({error}); restore the file"
+        ) from error
     if masked_crc(data) != crc:
         raise ValueError(f"{path}, byte {record.offset}: the record fails its checksum; restore the file")
     return data

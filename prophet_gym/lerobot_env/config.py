@@ -109,5 +109,7 @@ class ProphetEnvConfig(EnvConfig):
             return _TABLETOP_SIZE
         world = find_world(self.gym_id)
         folder = resolve_checkpoint(world, self.checkpoint)
+        if self.checkpoint is None and world.image_size is not None:
+            return world.image_size  # what the world shows its packaged weights at
         own = json.loads((folder / "prophet.json").read_text())["image_size"]
         return int(own[0]), int(own[1])

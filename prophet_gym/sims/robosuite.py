@@ -103,10 +103,12 @@ class RobosuiteSim:
         return self.tasks[self._opened].instruction
 
     @property
-    def camera(self) -> Camera:
-        """K and E (world to camera, OpenCV axes) of the upright image."""
+    def camera(self) -> Camera | None:
+        """K and E (world to camera, OpenCV axes) of the upright image; None where the camera moves, as on a wrist."""
         data, model, size = self.env.sim.data, self.env.sim.model, self.image_size[0]
         index = model.camera_name2id(self._camera_name)
+        if model.body_weldid[model.cam_bodyid[index]] != 0:  # its body is not welded to the world
+            return None
         focal = size / 2 / tan(radians(model.cam_fovy[index]) / 2)
         intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
         # OpenGL looks along -z with y up.

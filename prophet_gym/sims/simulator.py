@@ -55,7 +55,7 @@ class Simulator(Protocol):
 
     @property
     def camera(self) -> Camera | None:
-        """Calibration of the image (K, E from the frame of the poses), or None."""
+        """Calibration of all images of an episode (K, E from the frame of the poses); None: unknown, or it moves."""
         ...
 
     @property
