@@ -214,7 +214,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     monkeypatch.setattr(adapt_module, "validation_numbers", real)
     with pytest.raises(ValueError, match="give --resume"):
         adapt(halves)
+    before = (halves.run_folder / "before.json").stat()
     adapt(replace(halves, resume=True))
+    assert (halves.run_folder / "before.json").stat().st_mtime_ns == before.st_mtime_ns  # a kill would leave half of it
     whole, resumed = (torch.load(c.run_folder / "checkpoints" / "last.pt", weights_only=True) for c in (config, halves))
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name]), name

@@ -1,7 +1,7 @@
 """`evaluate_world_model` on models whose scores are known: the truth itself, the frozen frame, a deaf one."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import av
@@ -12,7 +12,7 @@ from PIL import Image
 from prophet_gym.actions import ACTION_SPECS
 from prophet_gym.data import Episode
 from prophet_gym.metrics import Comparison, draw_strips, evaluate_world_model, save_mp4
-from prophet_gym.metrics.evaluate import derangement
+from prophet_gym.metrics.evaluate import block_truth, derangement
 from prophet_gym.metrics.fidelity import PSNR_CAP
 from prophet_gym.metrics.scores import Bootstrap
 
@@ -175,6 +175,21 @@ def test_episodes_without_labels_or_motion():
     assert row["block_within"]["n"] == row["cos_mean"]["n"] == 0
     row = evaluate_world_model(KnownModel(still, True), still, steps=4)["groups"]["all"]["horizons"]["4"]
     assert row["predictors"]["model"]["block_within"]["n"] == 0
+
+
+def test_a_crop_hides_the_block_that_lies_beside_it():
+    """`block_visible` counts pixels of the recording: a crop leaves it as it is."""
+    whole = make_episode(0)
+    px = whole.labels["block_px"]
+    px[:4] = (40, 70), (70, 40), (-5, 40), (-2, 40)
+    shown = np.array([60, 59, 58, 57] + [49] * (STEPS - 3))
+    cropped = replace(whole, labels={"block_px": px, "block_visible": shown})
+    truth = block_truth(cropped, STEPS)
+    assert truth.visible.tolist() == [False] * 3 + [True] * (STEPS - 2)  # at -2 a third of the block is in view
+    assert truth.color.tolist() == [209, 33, 31]
+    away = replace(whole, labels={"block_px": px + 100, "block_visible": shown})
+    assert block_truth(away, STEPS) is None
+    evaluate_world_model(KnownModel([cropped, away], True), [cropped, away], steps=STEPS)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 100])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,17 @@ import torch
 from prophet_gym.actions import ACTION_SPECS
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.folder import write_episode
+from prophet_gym.data.variants import VARIANT_OF
 from prophet_gym.judges import ClassifierJudge, LabelledRollout, auc, evaluate_judge, labelled_rollouts
 from prophet_gym.training.augment import augment
-from prophet_gym.training.judge import JudgeTrainingConfig, fit_judge, imagine, train_judge
+from prophet_gym.training.judge import (
+    JudgeTrainingConfig,
+    _BalancedSampler,
+    fit_judge,
+    imagine,
+    read_rollouts,
+    train_judge,
+)
 from prophet_gym.world_model.prophet import ProphetConfig, ProphetWorldModel
 from prophet_gym.world_model.transformer import ProphetTransformer
 from prophet_gym.world_model.video_vae import FoldedVideoVAE
@@ -108,6 +117,30 @@ def test_unlearnable_data_is_refused(rollouts):
     small = dataclasses.replace(val[0], frames=val[0].frames[:, ::2, ::2])
     with pytest.raises(ValueError, match=r"one size, got .*\(16, 16\), \(32, 32\)"):
         fit_judge(train, [*val, small], quick())
+
+
+def test_long_instructions_are_judged_and_wordless_ones_refused(rollouts):
+    def longer(rollout):
+        return dataclasses.replace(rollout, instruction=f"{rollout.instruction}, please {'very ' * 20}slowly")
+
+    train, val, test = ([longer(rollout) for rollout in part[:40]] for part in rollouts)
+    judge, _ = fit_judge(train, val, quick(steps=2))
+    assert judge.config.max_words == 5 + 22 and np.isfinite(scores(judge, test)).all()
+    assert fit_judge(rollouts[0], rollouts[1], quick(steps=2))[0].config.max_words == 16
+    with pytest.raises(ValueError, match="Instruction '推' has no words"):
+        fit_judge([dataclasses.replace(train[0], instruction="推"), *train[1:]], val, quick())
+
+
+def test_labels_and_sources_balance_over_the_run_whatever_the_batch_size(rollouts):
+    train, val, _ = rollouts
+    judge, _ = fit_judge(train, val, quick(steps=1))
+    sampler, drawn = _BalancedSampler(train, quick(batch_size=3)), []
+    draw = sampler._draw
+    sampler._draw = lambda rng, source, label: drawn.append((source, label)) or draw(rng, source, label)
+    for _ in range(4):
+        sampler.batch(np.random.default_rng(0), judge)
+    assert drawn[:4] == [("imagined", False), ("imagined", True), ("real", False), ("real", True)]
+    assert drawn == drawn[:4] * 3
 
 
 def test_configuration_is_checked():
@@ -212,3 +245,31 @@ def test_training_from_folders_writes_a_judge(world_model, tmp_path):
         train_judge(with_val)
     few = dataclasses.replace(config, overwrite=True, max_episodes=12)
     assert train_judge(few)[0].config.trained_on["rollouts"] == {"real": 9}
+
+
+def test_variants_of_a_recording_stay_together(tmp_path):
+    for seed in range(8):
+        for k in range(3):
+            copy = episode(seed)
+            origin = {VARIANT_OF: f"{seed:03d}"} if k else {}
+            copy = dataclasses.replace(copy, metadata={**copy.metadata, **origin})
+            write_episode(tmp_path / "data" / (f"{seed:03d}_v{k:02d}" if k else f"{seed:03d}"), copy)
+    config = quick(data=(str(tmp_path / "data"),), val_fraction=0.25)
+    train, val = read_rollouts(config, None)
+    recordings = [{Path(rollout.name).name[:3] for rollout in part} for part in (train, val)]
+    assert len(train) == 18 and len(val) == 6 and not recordings[0] & recordings[1]
+    (tmp_path / "val").mkdir()
+    (tmp_path / "data" / "000_v01").rename(tmp_path / "val" / "000_v01")
+    read_rollouts(dataclasses.replace(config, val=str(tmp_path / "val")), None)  # other folders have other recordings
+    with pytest.raises(ValueError, match="8 episodes are in both.*variants of one recording"):
+        read_rollouts(dataclasses.replace(config, val=f"{tmp_path}/val/../data/"), None)
+
+
+def test_episodes_without_variants_are_split_as_ever(tmp_path):
+    """The packaged judge was trained on such a split."""
+    for seed in range(10):
+        write_episode(tmp_path / f"{seed:03d}", episode(seed))
+    train, val = read_rollouts(quick(data=(str(tmp_path),), val_fraction=0.3, seed=4), None)
+    order = np.random.default_rng(4).permutation(10)
+    assert [Path(r.name).name for r in val] == [f"{i:03d}" for i in sorted(order[:3])]
+    assert [Path(r.name).name for r in train] == [f"{i:03d}" for i in sorted(order[3:])]

@@ -57,3 +57,18 @@ def test_a_torn_last_line_of_the_log_goes(tmp_path: Path) -> None:
     metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "score": 0.5}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     assert not forget_after(metrics, 2) and len(metrics.read_text().splitlines()) == 3
     assert forget_after(metrics, 1) and len(metrics.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"timestep_shift": 0.0},
+        {"timestep_shift": float("nan")},
+        {"condition_noise": -0.1},
+        {"condition_noise": float("inf")},
+    ],
+)
+def test_settings_that_would_give_times_or_noise_without_a_meaning_are_refused(bad: dict[str, float]) -> None:
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name}={bad[name]}: expected a finite"):
+        ObjectiveConfig(**bad)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKLWan
 from mixture_parallel import mixture_config
+from small_cosmos import write_checkpoints
 from test_training import square_episode
 
 import prophet_gym.training.pretrain as pretrain_module
@@ -24,7 +26,7 @@ from prophet_gym.training.clips import encode_clips, load_clips
 from prophet_gym.training.loop import LoopConfig, prepare_run, train_loop
 from prophet_gym.training.mixture import Mixture, MixtureDataset, draw_dataset, open_mixture, read_mixture
 from prophet_gym.training.plan import state_bytes
-from prophet_gym.training.pretrain import MixtureSampler, learn_what_is_used, pretrain
+from prophet_gym.training.pretrain import MixtureSampler, learn_what_is_used, pretrain, starting_point
 from prophet_gym.world_model.presets import preset
 from prophet_gym.world_model.prophet import ProphetWorldModel
 from prophet_gym.world_model.transformer import ProphetTransformer
@@ -262,6 +264,30 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
         logged.append([lines_of(run)[-1][name] for name in ("loss", "grad_norm")])
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
     assert logged[0] == pytest.approx(logged[1], rel=1e-4)  # AdamW alone would not notice gradients twice as large
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
+    """The loss may be finite where its gradient is not: a step would spoil the weights, and then the checkpoint."""
+
+    def loss_fn(net, step):
+        return (net(torch.ones(1, 2)).sum() * (step != 1)).abs().sqrt(), {}  # at 0 the root has no slope
+
+    prepare_run(tmp_path, {}, False)
+    loop = LoopConfig(steps=3, batch_size=1, save_every=1, mixed_precision="no", eval_every=0)
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(FloatingPointError, match="gradient of norm (nan|inf) at step 1; the last checkpoint is"):
+        train_loop(model, loss_fn, loop, tmp_path, accelerator=Accelerator(cpu=True))
+    saved = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["step"] == 1 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_run_starts_beside_a_wan_codec_and_refuses_other_networks(folder: Path, tmp_path: Path) -> None:
+    wan = write_checkpoints(tmp_path) / "sharded" / "vae"
+    config = replace(mixture_config(folder, 1), vae=wan)
+    transformer, vae, _ = starting_point(config, 1)
+    assert isinstance(vae, AutoencoderKLWan) and transformer.config.latent_channels == vae.config.z_dim == 4
+    with pytest.raises(ValueError, match="a network of class 'CosmosTransformer3DModel'; expected a codec, Folded"):
+        starting_point(replace(config, vae=wan.parent / "transformer"), 1)
 
 
 def test_what_no_batch_uses_is_not_learned() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_training import config, data, fresh_accelerator, square_episode, vae_folder  # noqa: F401
 
+from prophet_gym.data.cards import CARDS
 from prophet_gym.data.folder import write_episode
-from prophet_gym.training.clips import load_clips
+from prophet_gym.training.clips import ClipSource, fingerprint, load_clips
 from prophet_gym.training.config import WorldModelConfig
 from prophet_gym.training.loop import LoopConfig
 from prophet_gym.training.world_model import train_world_model
@@ -52,3 +53,11 @@ def test_recorded_anew_data_is_decoded_anew(tmp_path: Path) -> None:
     write_episode(root / "episode_0", square_episode(7), overwrite=True)
     second = load_clips(root, tmp_path / "cache")
     assert not np.array_equal(first, second.actions)
+
+
+def test_clips_are_decoded_anew_when_a_packaged_card_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version may correct a card: its name stays, and the clips of the old one would mean something else."""
+    source = ClipSource(card="droid")
+    before = fingerprint(tmp_path, source)
+    monkeypatch.setitem(CARDS, "droid", replace(CARDS["droid"], control_hz=7.0))
+    assert fingerprint(tmp_path, source) != before

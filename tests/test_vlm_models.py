@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from loopback import BOX, free_port
 
 from prophet_gym.judges import (
@@ -20,6 +23,7 @@ from prophet_gym.judges import (
     Sampling,
     ServerBackend,
     TransformersBackend,
+    VLLMBackend,
     VLMConfig,
     VLMJudge,
 )
@@ -65,6 +69,28 @@ def test_a_question_that_breaks_the_model_costs_only_itself(qwen: TransformersBa
 def test_transformers_models_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No vision-language model"):
         TransformersBackend.from_pretrained(str(tmp_path / "nothing"))
+
+
+def test_cached_answers_know_weights_precision_and_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another model trained into the same folder would be given the answers of the first."""
+    from tiny_vlm import write_llava
+
+    write_llava(tmp_path / "llava")
+    model = str(tmp_path / "llava")
+    first, again, half = (TransformersBackend.from_pretrained(model, dtype=d) for d in ("auto", "auto", "bfloat16"))
+    assert first.identity == again.identity != half.identity
+    weights = tmp_path / "llava" / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert TransformersBackend.from_pretrained(model).identity != first.identity
+    vllm = SimpleNamespace(LLM=lambda **settings: None, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    assert VLLMBackend("org/model").identity == {"backend": "vllm", "model": "org/model"}
+    engines = [
+        VLLMBackend(model, **settings).identity for settings in ({}, {"dtype": "half"}, {"dtype": torch.float32})
+    ]
+    assert len({json.dumps(identity) for identity in engines}) == 3
+    os.utime(weights, ns=(0, 5))
+    assert VLLMBackend(model).identity != engines[0]
 
 
 @pytest.mark.programs

@@ -202,6 +202,9 @@ def test_bad_actions(world, starts) -> None:
 def test_bad_snapshots(world, starts) -> None:
     with pytest.raises(ValueError, match="as many"):
         world.begin(starts[:2], [0])
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"begin: seed {seed}; expected integers from 0"):
+            world.begin(starts[:2], [0, seed])
     with pytest.raises(ValueError, match="no camera"):
         world.begin([replace(starts[0], camera=None)], [0])
     large = replace(starts[0], image=np.zeros((64, 64, 3), np.uint8), camera=starts[0].camera.resized(64, 64))

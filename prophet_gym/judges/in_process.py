@@ -21,6 +21,8 @@ from prophet_gym.judges.prompting import success_probability
 
 __all__ = ["TransformersBackend", "VLLMBackend", "chat_inputs", "load_model"]
 
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt")  # weights, settings, tokenizer, chat template
+
 
 class VLLMBackend:
     """A vLLM engine in this process; needs the extra ``vllm`` and a GPU.
@@ -41,7 +43,12 @@ class VLLMBackend:
         except ImportError as error:
             raise MissingExtraError('A judge in a vLLM engine needs vllm: pip install "prophet-gym[vllm]"') from error
         limits = {"limit_mm_per_prompt": {"image": 50, "video": 1}, "media_io_kwargs": {"video": {"num_frames": -1}}}
-        self.identity = {"backend": "vllm", "model": model}
+        self.identity: dict[str, Any] = {
+            "backend": "vllm",
+            "model": model,
+            **({"engine": {name: str(value) for name, value in engine.items()}} if engine else {}),
+            **_weights_of(model),
+        }
         self._parameters = vllm.SamplingParams
         self._engine = vllm.LLM(model=model, **{**limits, **engine})
 
@@ -80,12 +87,14 @@ class TransformersBackend:
         processor: of that model, with a chat template.
         name: of the model, for the key of cached answers.
         adapter: digest or name of what fine-tuned the model, for the same key; empty for none.
+        decides: what else decides the answers, for the same key, such as ``dtype="bfloat16"``.
     """
 
     takes_video = False
 
-    def __init__(self, model: Any, processor: Any, *, name: str, adapter: str = "") -> None:
-        self.identity = {"backend": "transformers", "model": name, **({"adapter": adapter} if adapter else {})}
+    def __init__(self, model: Any, processor: Any, *, name: str, adapter: str = "", **decides: str) -> None:
+        known = {"adapter": adapter} if adapter else {}
+        self.identity = {"backend": "transformers", "model": name, **known, **decides}
         self._model, self._processor = model.eval(), processor
 
     @classmethod
@@ -105,15 +114,16 @@ class TransformersBackend:
             ValueError: there is no such model, or no such adapter for it.
         """
         network, processor = load_model(model, dtype)
+        decides = _weights_of(model) | ({} if dtype == "auto" else {"dtype": dtype})
         if adapter is None:
-            return cls(network.to(device), processor, name=model)
+            return cls(network.to(device), processor, name=model, **decides)
         from peft import PeftModel
 
         try:
             network = PeftModel.from_pretrained(network, adapter)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{adapter!r} is no adapter for {model!r} ({str(error).splitlines()[0]}).") from error
-        return cls(network.to(device), processor, name=model, adapter=_digest(adapter))
+        return cls(network.to(device), processor, name=model, adapter=_digest(adapter), **decides)
 
     def ask(self, questions: Sequence[Question], sampling: Sampling, done: Done) -> list[list[Answer]]:
         """Answers one question after the other."""
@@ -192,6 +202,22 @@ def load_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:
     except OSError as error:
         raise ValueError(f"No vision-language model {model!r} ({str(error).splitlines()[0]}).") from error
     return network, processor
+
+
+def _weights_of(model: str) -> dict[str, str]:
+    """What tells one model in a folder from the next one there; nothing for one of the hub.
+
+    Names, sizes and times of its files: reading gigabytes of weights would take as long as loading them.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return {}
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _MODEL_FILES and file.is_file():
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return {"weights": digest.hexdigest()}
 
 
 def _digest(adapter: str) -> str:

@@ -40,6 +40,9 @@ PREDICTORS = ("model", "last_frame", "shuffled_actions")
 MIN_VISIBLE = 8
 """Pixels of the block in view, of about 50, from which it counts as visible."""
 
+HALF_BLOCK = 4.0
+"""Pixels of a 64-pixel image by which the centre of a block in view may lie outside; beyond, it is cut off."""
+
 NUM_PICTURES = 6
 
 
@@ -184,16 +187,21 @@ def block_truth(episode: Episode, steps: int) -> BlockTruth | None:
         steps: last moment to return.
 
     Returns:
-        The first `steps` + 1 moments, or None for an episode without these labels or whose block is never in view.
+        The first `steps` + 1 moments, or None for an episode without these labels or whose block is never in view. A
+        block beside a cropped frame is not visible, though `block_visible` counts its pixels before the crop.
     """
     if not {"block_px", "block_visible"} <= set(episode.labels):
         return None
     px = np.asarray(episode.labels["block_px"][: steps + 1], np.float64)
     shown = np.asarray(episode.labels["block_visible"][: steps + 1])
-    visible = shown >= MIN_VISIBLE
-    if not visible.any():
+    height, width = episode.frames.shape[1:3]
+    pixel, margin = px.round(), HALF_BLOCK * height / 64
+    beyond = np.maximum(-pixel, pixel - (width - 1, height - 1)).max(axis=1)  # of the frame's border, in pixels
+    visible = (shown >= MIN_VISIBLE) & (beyond <= margin)
+    inside = visible & (beyond <= 0)
+    if not inside.any():
         return None
-    best = int(shown.argmax())
+    best = int(np.where(inside, shown, -1).argmax())
     return BlockTruth(px=px, visible=visible, color=reference_color(episode.frames[best], px[best]))
 
 

@@ -30,7 +30,7 @@ class BlockTruth:
     Attributes:
         px: (T + 1, 2) centroid (u, v) in pixels.
         visible: (T + 1,) bool.
-        color: (3,) RGB of the block in the real start frame.
+        color: (3,) RGB of the block in the real frame that shows most of it.
     """
 
     px: np.ndarray

@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..atomic import atomic_folder
+from ..atomic import atomic_folder, atomic_text
 from ..audit import audit, format_audit
 from ..data.episode import Episode
 from ..metrics.evaluate import evaluate_world_model
@@ -62,7 +62,7 @@ def adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         ValueError: the folder exists, the base is none, the audit finds faults, the data do not suffice or fit, or an
             existing run without ``resume``.
-        FloatingPointError: the loss is not finite; ``resume`` starts from the last checkpoint.
+        FloatingPointError: loss or gradient are not finite; ``resume`` starts from the last checkpoint.
     """
     if config.out.exists():
         raise ValueError(f"{config.out} exists already; give another folder for the new environment")
@@ -213,8 +213,11 @@ def _train(
         return {**measure(step)[1], "memory_gate": gate}
 
     before_file = run / "before.json"
-    before = json.loads(before_file.read_text()) if going_on else measure(0)[0]
-    before_file.write_text(to_json(before))
+    if going_on:
+        before = json.loads(before_file.read_text())
+    else:
+        before = measure(0)[0]
+        atomic_text(before_file, to_json(before))
     train_loop(
         transformer,
         loss_fn,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..action_frames import project, render_action_frames
 from ..actions import ActionSpec, integrate_poses, pad_effectors
 from ..atomic import atomic_folder
-from ..data.cards import Fit, get_card, is_card_file
+from ..data.cards import Fit, get_card
 from ..data.opening import open_dataset
 from ..data.sequence import EpisodeRange, EpisodeSequence
 from ..data.windows import EpisodeWindows
@@ -165,10 +165,10 @@ def _content_folder(cache: str | Path, stamp: dict[str, Any]) -> Iterator[Path]:
 
 
 def fingerprint(root: str | Path, source: ClipSource = ClipSource()) -> str:
-    """Digest of the source and of place, size and time of every file of a data set: changes when one is made anew."""
+    """Digest of source and card, and of place, size and time of every file of a set: changes when one is made anew."""
     root = Path(root).resolve()
     digest = hashlib.sha256(f"{root} {source}".encode())
-    if source.card is not None and is_card_file(source.card):
+    if source.card is not None:  # a packaged one may change with the version
         digest.update(str(get_card(source.card)).encode())
     places = (
         [root]

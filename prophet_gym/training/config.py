@@ -79,6 +79,14 @@ class ObjectiveConfig:
         for name in ("full_length", "eventful", "old_rollout", "self_rollout", "first_step"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
+        if not 0.0 < self.timestep_shift < math.inf:
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift}: expected a finite number above 0; 1 draws times uniformly"
+            )
+        if not 0.0 <= self.condition_noise < math.inf:
+            raise ValueError(
+                f"condition_noise={self.condition_noise}: expected a finite standard deviation of at least 0"
+            )
         for name in ("motion_weight", "object_weight", "presence_weight", "colour_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected an extra weight of 0 or more")

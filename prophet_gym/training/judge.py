@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from prophet_gym.atomic import atomic_text
 from prophet_gym.data.folder import EpisodeFolder
+from prophet_gym.data.variants import VARIANT_OF
 from prophet_gym.judges.calibration import auc, evaluate_judge
 from prophet_gym.judges.classifier import CONFIG_FILE, ClassifierConfig, ClassifierJudge, to_network
 from prophet_gym.judges.network import frame_indices
@@ -32,7 +33,7 @@ from prophet_gym.judges.rollouts import LabelledRollout, labelled_rollouts
 from prophet_gym.strict_json import to_json
 from prophet_gym.training.augment import augment
 from prophet_gym.training.imagine import imagine
-from prophet_gym.words import build_vocabulary, encode_instruction
+from prophet_gym.words import build_vocabulary, encode_instruction, split_words
 
 if TYPE_CHECKING:
     from prophet_gym.data.episode import Episode
@@ -150,11 +151,13 @@ def read_rollouts(
 ) -> tuple[list[LabelledRollout], list[LabelledRollout]]:
     """Reads episodes, splits them, and imagines each with its own actions where there is a world model (paper 3.4.1).
 
+    Variants of one recording (`prophet convert --variants`) stay together, as they show the same.
+
     Returns:
         Rollouts to learn from and rollouts of other episodes to select by.
 
     Raises:
-        ValueError: episodes in both sets, or without success labels.
+        ValueError: episodes or variants of one recording in both sets, or no success labels.
     """
     episodes = [episode for folder in config.data for episode in _named_episodes(folder)]
     if config.max_episodes:
@@ -163,10 +166,11 @@ def read_rollouts(
     if config.val:
         held_out = _named_episodes(config.val)
     else:
-        order = np.random.default_rng(config.seed).permutation(len(episodes))
-        count = round(config.val_fraction * len(episodes))
-        held_out = [episodes[index] for index in sorted(order[:count])]
-        episodes = [episodes[index] for index in sorted(order[count:])]
+        recordings = list(dict.fromkeys(_recording(episode) for episode in episodes))
+        order = np.random.default_rng(config.seed).permutation(len(recordings))
+        chosen = {recordings[index] for index in order[: round(config.val_fraction * len(recordings))]}
+        held_out = [episode for episode in episodes if _recording(episode) in chosen]
+        episodes = [episode for episode in episodes if _recording(episode) not in chosen]
     check_disjoint(episodes, held_out)
     train, val = labelled_rollouts(episodes), labelled_rollouts(held_out)
     if world_model is not None:
@@ -207,9 +211,18 @@ def fit_judge(
     labels = np.array([rollout.label for rollout in val])
     if labels.all() or not labels.any():
         raise ValueError(f"Validation needs successes and failures, got {labels.sum()} of {len(labels)} successful.")
-    vocabulary = build_vocabulary([rollout.instruction for rollout in (*train, *val)])
+    instructions = [rollout.instruction for rollout in (*train, *val)]
+    lengths = [len(split_words(instruction)) for instruction in instructions]
+    if not min(lengths):
+        raise ValueError(
+            f"Instruction {instructions[lengths.index(0)]!r} has no words. This judge reads words of letters a to z "
+            "and digits; write instructions with them."
+        )
+    max_words = max(ClassifierConfig.max_words, *lengths)
     judge = ClassifierJudge(
-        ClassifierConfig(vocabulary, sizes.pop(), config.late_frames, width=config.width),
+        ClassifierConfig(
+            build_vocabulary(instructions), sizes.pop(), config.late_frames, max_words=max_words, width=config.width
+        ),
         device=config.device,
         seed=config.seed,
     )
@@ -242,15 +255,29 @@ def fit_judge(
 
 
 def _named_episodes(folder: str) -> list[Episode]:
-    """Episodes of a folder under names that no other folder has, so that the split by episode can be checked."""
-    return [dataclasses.replace(episode, name=f"{folder}/{episode.name}") for episode in EpisodeFolder(folder)]
+    """Episodes of a folder under names that no other folder has, so that the split by recording can be checked."""
+    place = Path(folder).resolve()
+    named = []
+    for episode in EpisodeFolder(folder):
+        origin = {key: f"{place}/{of}" for key, of in episode.metadata.items() if key == VARIANT_OF}
+        metadata = {**episode.metadata, **origin}
+        named.append(dataclasses.replace(episode, name=f"{place}/{episode.name}", metadata=metadata))
+    return named
+
+
+def _recording(each: Episode | LabelledRollout) -> str:
+    """Name of what was recorded: an episode's own, or that of the episode it is a variant of."""
+    return each.name if isinstance(each, LabelledRollout) else str(each.metadata.get(VARIANT_OF, each.name))
 
 
 def check_disjoint(train: Sequence[Episode | LabelledRollout], val: Sequence[Episode | LabelledRollout]) -> None:
-    """Raises ValueError if an episode is in both sets."""
-    shared = {each.name for each in train} & {each.name for each in val}
+    """Raises ValueError if an episode, or a variant of the same recording, is in both sets."""
+    shared = {_recording(each) for each in train} & {_recording(each) for each in val}
     if shared:
-        raise ValueError(f"{len(shared)} episodes are in both training and validation, e.g. {min(shared)!r}.")
+        raise ValueError(
+            f"{len(shared)} episodes are in both training and validation, e.g. {min(shared)!r}: the same, or variants "
+            "of one recording. Give other episodes for validation."
+        )
 
 
 def _optimise(
@@ -307,10 +334,10 @@ def _scores(judge: ClassifierJudge, rollouts: Sequence[LabelledRollout]) -> np.n
 
 
 class _BalancedSampler:
-    """Draws (rollout, last frame) so that labels and sources are equally frequent."""
+    """Draws (rollout, last frame) so that labels and sources are equally frequent over the run."""
 
     def __init__(self, rollouts: Sequence[LabelledRollout], config: JudgeTrainingConfig) -> None:
-        self.rollouts, self.config = rollouts, config
+        self.rollouts, self.config, self.drawn = rollouts, config, 0
         self.sources = sorted({rollout.source for rollout in rollouts})
         self.whole: dict[tuple[str, bool], list[int]] = {}
         self.prefixes: dict[tuple[str, bool], list[int]] = {}
@@ -328,7 +355,8 @@ class _BalancedSampler:
     def batch(self, rng: np.random.Generator, judge: ClassifierJudge) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
         """Returns stacks (B, F, H, W, 3) uint8, augmented, word ids (B, max_words) and targets (B,) float."""
         stacks, words, targets = [], [], []
-        for index in range(self.config.batch_size):
+        first, self.drawn = self.drawn, self.drawn + self.config.batch_size
+        for index in range(first, self.drawn):  # over the run: a batch may be no multiple of labels times sources
             label = bool(index % 2)
             rollout, last = self._draw(rng, self.sources[index // 2 % len(self.sources)], label)
             picked = rollout.frames[frame_indices(last + 1, judge.config.late_frames)]

@@ -249,7 +249,7 @@ def train_loop(
         accumulation: micro-batches of a step, whose gradients are averaged.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint stays usable.
+        FloatingPointError: loss or gradient are not finite; the last checkpoint stays usable.
         ValueError: several processes without ``wrap``, or a checkpoint that is damaged or of other settings.
     """
     if accelerator.num_processes > 1 and wrap is None:
@@ -326,7 +326,9 @@ def train_loop(
                     raise FloatingPointError(f"loss {loss.item()} at step {step}; the last checkpoint is {path}")
                 accelerator.backward(loss / accumulation)
             parts.append({"loss": loss.item(), **numbers})
-        norm = accelerator.clip_grad_norm_(trained, config.grad_clip)
+        norm = float(gathered(accelerator.clip_grad_norm_(trained, config.grad_clip)))  # the same in all processes
+        if not math.isfinite(norm):  # a step would spoil the weights, and the next checkpoint with them
+            raise FloatingPointError(f"gradient of norm {norm} at step {step}; the last checkpoint is {path}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -339,7 +341,7 @@ def train_loop(
             line = {
                 "step": done,
                 "loss": means.pop("loss"),
-                "grad_norm": float(gathered(norm)),
+                "grad_norm": norm,
                 "lr_factor": factor,
                 "samples_per_second": samples / (now - clock),
                 **means,

@@ -42,6 +42,9 @@ __all__ = ["MixtureSampler", "learn_what_is_used", "pretrain", "starting_configs
 
 logger = logging.getLogger(__name__)
 
+_CODECS = {"FoldedVideoVAE": (FoldedVideoVAE, "latent_channels"), "AutoencoderKLWan": (AutoencoderKLWan, "z_dim")}
+"""Class of a codec and its name for the number of latent channels, by the class that ``config.json`` names."""
+
 
 class MixtureSampler:
     """Draws micro-batches of a mixture; micro-batch i is a function of (seed, i).
@@ -81,7 +84,7 @@ def starting_configs(config: PretrainConfig, num_effectors: int) -> tuple[dict[s
         Keyword arguments of the denoiser, class and configuration of the codec, and frames of the history.
 
     Raises:
-        ValueError: no such checkpoint or codec.
+        ValueError: no such checkpoint or codec, or a codec of another class.
     """
     if config.base is not None:
         folder = locate_weights(config.base, ASSETS, "prophet.json")
@@ -93,11 +96,17 @@ def starting_configs(config: PretrainConfig, num_effectors: int) -> tuple[dict[s
     if not (codec_folder / "config.json").is_file():
         raise ValueError(f"{codec_folder}: no config.json; expected a codec, as `prophet train vae` leaves in RUN/vae")
     codec = json.loads((codec_folder / "config.json").read_text())
-    codec_class = {"FoldedVideoVAE": FoldedVideoVAE, "AutoencoderKLWan": AutoencoderKLWan}[codec["_class_name"]]
+    kind = codec.get("_class_name")
+    if kind not in _CODECS:
+        raise ValueError(
+            f"{codec_folder}: a network of class {kind!r}; expected a codec, {' or '.join(_CODECS)}: give the folder "
+            "that `prophet train vae` leaves in RUN/vae, or that of a Wan 2.1 VAE"
+        )
+    codec_class, channels = _CODECS[kind]
     if config.base is None:
         denoiser = preset(
             "tiny",
-            latent_channels=codec["latent_channels"],
+            latent_channels=codec[channels],
             num_attention_heads=config.num_attention_heads,
             num_layers=config.num_layers,
             adaln_lora_dim=config.adaln_lora_dim,
@@ -135,7 +144,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises:
         ValueError: a bad mixture, bad data, or an existing run without ``resume``.
-        FloatingPointError: the loss is not finite; ``resume`` starts from the last checkpoint.
+        FloatingPointError: loss or gradient are not finite; ``resume`` starts from the last checkpoint.
     """
     run = Path(config.run)
     mixture = read_mixture(config.mixture)

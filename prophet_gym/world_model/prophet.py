@@ -101,12 +101,15 @@ class ProphetWorldModel:
 
         Raises:
             ValueError: wrong image size or number of end-effectors, a camera is missing where action frames are
-                required, a different number of seeds, or an instruction that the world's text source cannot embed.
+                required, a different number of seeds or a negative one, or an instruction that the world's text source
+                cannot embed.
         """
         if len(snapshots) != len(seeds) or not snapshots:
             raise ValueError(
                 f"begin: {len(snapshots)} snapshots and {len(seeds)} seeds; expected as many, at least one"
             )
+        if wrong := [seed for seed in map(int, seeds) if not 0 <= seed < 2**63]:
+            raise ValueError(f"begin: seed {wrong[0]}; expected integers from 0 to 2**63 - 1: give other seeds")
         for i, snapshot in enumerate(snapshots):
             self._check_snapshot(i, snapshot)
         instructions = None

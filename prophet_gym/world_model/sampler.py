@@ -11,8 +11,8 @@ from torch import Tensor
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def flow_schedule(num_steps: int, shift: float = 1.0, t_max: float = 1.0) -> list[float]:
-    """Times t_max = t_0 > ... > t_N = 0 with t = shift u / (1 + (shift - 1) u) on a uniform grid u.
+def flow_schedule(num_steps: int, shift: float = 1.0) -> list[float]:
+    """Times 1 = t_0 > ... > t_N = 0 with t = shift u / (1 + (shift - 1) u) on a uniform grid u.
 
     Raises:
         ValueError: ``num_steps`` below 1.
@@ -20,7 +20,7 @@ def flow_schedule(num_steps: int, shift: float = 1.0, t_max: float = 1.0) -> lis
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}: expected at least 1")
     grid = [1.0 - i / num_steps for i in range(num_steps)]
-    return [t_max * shift * u / (1.0 + (shift - 1.0) * u) for u in grid] + [0.0]
+    return [shift * u / (1.0 + (shift - 1.0) * u) for u in grid] + [0.0]
 
 
 def karras_schedule(num_steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> list[float]:
