@@ -26,7 +26,7 @@ def test_killed_run_resumes(config: AdaptConfig) -> None:  # noqa: F811
         *(sys.executable, "-m", "prophet_gym.cli", "adapt", str(config.data), "--base", config.base),
         *("--out", str(config.out), "--rank", "2", "--batch-size", "2", "--warmup-steps", "1", "--ema-decay", "0.5"),
         *("--learning-rate", "3e-3", "--log-every", "1", "--save-every", "1", "--eval-every", "2000"),
-        *("--mixed-precision", "no", "--steps", "4000"),
+        *("--mixed-precision", "no", "--steps", "4000", "--evaluation-windows", "2", "--evaluation-frames", "4"),
     ]
     checkpoint = config.run_folder / "checkpoints" / "last.pt"
     kill_at_checkpoint(command, checkpoint)

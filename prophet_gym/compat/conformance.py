@@ -116,8 +116,8 @@ def conformance(env: Any, interface: str, *, horizon: int | None = None, seed: i
     with rule(f"the rules of {interface} alone", "can be looked at"):
         probe.reset(seed)
         probe.step(np.zeros(6), 1.0)
-        for row in probe.own_rules():
-            table.append(Rule(*row))
+        for *texts, holds in probe.own_rules():
+            table.append(Rule(*texts, None if holds is None else bool(holds)))
     return table
 
 
@@ -250,8 +250,10 @@ class _SimplerProbe(_Probe):
         words = env.get_language_instruction()
         yield "instruction", "a sentence", repr(words), isinstance(words, str) and bool(words)
         yield "robot_uid", "contains 'widowx'", repr(env.robot_uid), "widowx" in env.robot_uid
-        final = env.is_final_subtask()
-        yield "is_final_subtask()", "bool", repr(final), isinstance(final, bool | np.bool_)
+        yield "is_final_subtask()", "bool", "an answer", isinstance(env.is_final_subtask(), bool | np.bool_)
+        _, (w, x, y, z), _ = self.hand(self.first[0])
+        down = 2 * (w * y - x * z)
+        yield "gripper link", "w x y z; its x axis points down at the start", f"{down:+.2f} of it down", down > 0.5
         view = self.last[0]["camera_param"][_CAMERA]
         to_camera = np.asarray(view["extrinsic_cv"], float)
         to_camera = np.vstack([to_camera, [0, 0, 0, 1]]) if to_camera.shape == (3, 4) else to_camera
