@@ -116,8 +116,8 @@ def conformance(env: Any, interface: str, *, horizon: int | None = None, seed: i
     with rule(f"the rules of {interface} alone", "can be looked at"):
         probe.reset(seed)
         probe.step(np.zeros(6), 1.0)
-        for *texts, holds in probe.own_rules():
-            table.append(Rule(*texts, None if holds is None else bool(holds)))
+        for name, expected, shown, holds in probe.own_rules():
+            table.append(Rule(name, expected, shown, None if holds is None else bool(holds)))
     return table
 
 
