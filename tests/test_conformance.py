@@ -130,7 +130,9 @@ FAULTS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
     "images as floats": ("simpler", {"out": observed(*RGB, change=lambda i: i / 255)}, {"image"}),
     "images without the camera's size": ("simpler", {"out": observed(*RGB, change=lambda i: i[::2])}, {"image"}),
-    "one image buffer": ("simpler", {"out": observed(*RGB, change=shared)}, {"images are the caller's own", "episode_id"}),
+    "one image buffer": (
+        "simpler", {"out": observed(*RGB, change=shared)}, {"images are the caller's own", "episode_id"},
+    ),
     "OpenGL axes": (
         "simpler",
         {"out": observed("camera_param", CAMERA, "cam2world_gl", change=lambda m: m @ np.diag([1.0, -1, -1, 1]))},
