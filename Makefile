@@ -35,7 +35,7 @@ demo: $(INSTALLED)  ## reinforce a policy inside Prophet, measure it in the simu
 	@echo "==> a policy gets better inside Prophet and proves it in MuJoCo: results go to runs/demo"
 	@$(BIN)/prophrl demo
 
-test: $(INSTALLED)  ## the default test suite (CPU, offline, six minutes on two cores of 2.5 GHz)
+test: $(INSTALLED)  ## the default test suite (CPU, offline, four to six minutes on two cores)
 	@echo "==> running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
